@@ -1,0 +1,1 @@
+"""Example rigs, one YAML file each."""

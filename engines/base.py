@@ -1,0 +1,80 @@
+"""The contract between the pipeline and a runtime: same arrays in and out, whatever runs the network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+
+VISIBLE_DEGRADATIONS = ("none", "low_light", "over_exposure", "blur", "noise", "rain", "haze")
+INFRARED_DEGRADATIONS = ("none", "low_contrast", "noise", "stripes", "blur")
+
+
+class EngineError(Exception):
+    """A runtime that cannot serve here: says what, why and what to do."""
+
+
+@dataclass(frozen=True)
+class Priors:
+    """What the network knows about a scene as a whole; slowly varying, so estimated now and then."""
+
+    degradation_infrared: np.ndarray  # float32 (16, degradation width)
+    degradation_visible: np.ndarray  # float32 (16, degradation width)
+    semantic: np.ndarray  # float32 (16, semantic width), restored by the diffusion
+    infrared_probabilities: np.ndarray  # float32 (len(INFRARED_DEGRADATIONS),), sums to 1
+    visible_probabilities: np.ndarray  # float32 (len(VISIBLE_DEGRADATIONS),), sums to 1
+
+    def blend(self, newer: Priors, share: float) -> Priors:
+        """Moves from these priors towards `newer`: share 0 keeps these, 1 takes the newer ones."""
+        return Priors(
+            **{
+                name: ((1 - share) * getattr(self, name) + share * getattr(newer, name)).astype(np.float32)
+                for name in self.__dataclass_fields__
+            }
+        )
+
+
+@dataclass(frozen=True)
+class EngineDescription:
+    """Which engine serves, for the report and the message header."""
+
+    runtime: Literal["pytorch", "openvino", "compile", "tensorrt"]
+    precision: Literal["fp32", "bf16", "fp16", "int8"]
+    variant: str
+    why: str  # why this runtime was chosen
+    weights_sha256: str
+    threads: int = 0  # 0: the runtime decides
+    fallbacks: tuple[str, ...] = field(default=())  # what was tried before, and why it does not serve
+
+
+class FusionEngine(Protocol):
+    """Runs the fusion network. `estimate_priors` and `fuse` may be called from two threads at once."""
+
+    description: EngineDescription
+
+    def estimate_priors(self, infrared: np.ndarray, visible: np.ndarray) -> Priors:
+        """Estimates the priors from a pair of any size (a small copy is made inside).
+
+        Args:
+            infrared: uint8 (H, W).
+            visible: uint8 RGB (H, W, 3), of the same size.
+        """
+        ...
+
+    def fuse(self, infrared: np.ndarray, visible: np.ndarray, priors: Priors) -> np.ndarray:
+        """Fuses one registered pair.
+
+        Args:
+            infrared: uint8 (H, W).
+            visible: uint8 RGB (H, W, 3), of the same size.
+            priors: from `estimate_priors`, of this or an earlier pair.
+
+        Returns:
+            The fused picture, uint8 RGB (H, W, 3).
+        """
+        ...
+
+    def close(self) -> None:
+        """Frees what the runtime holds. The engine serves no more afterwards."""
+        ...

@@ -1,0 +1,174 @@
+"""One YAML file per rig. Unknown keys and impossible values are refused before anything starts."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import ConfigError
+
+MAX_CONFIG_BYTES = 1 << 20
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StreamSource(Section):
+    """Network video (rtsp, rtsps, udp, rtp) or a video file, read through PyAV."""
+
+    kind: Literal["stream"] = "stream"
+    url: str  # rtsp://user:password@host/path, udp://..., or a file's path
+    transport: Literal["tcp", "udp"] = "tcp"  # of RTSP
+    connect_timeout_s: float = Field(30.0, gt=0, le=300)
+    read_timeout_s: float = Field(2.0, gt=0, le=60)
+    loop: bool = False  # files only: start again at the end
+    realtime: bool = True  # files only: hand frames out at the recorded rate
+
+
+class DeviceSource(Section):
+    """A V4L2 device."""
+
+    kind: Literal["device"] = "device"
+    path: str = "/dev/video0"
+    pixel_format: str | None = None  # "gray16le" for Y16, "yuyv422", ...; None: the driver's own
+    width: int | None = Field(None, ge=16, le=8192)
+    height: int | None = Field(None, ge=16, le=8192)
+    rate_hz: float | None = Field(None, gt=0, le=1000)
+
+
+class FolderSource(Section):
+    """A folder of images, in name order."""
+
+    kind: Literal["folder"] = "folder"
+    path: str
+    rate_hz: float = Field(25.0, gt=0, le=1000)
+    loop: bool = False
+    realtime: bool = True
+
+
+class SyntheticSource(Section):
+    """One camera of the simulated rig. Both cameras with the same seed and scene look at the same street."""
+
+    kind: Literal["synthetic"] = "synthetic"
+    scene: Literal["day", "night", "fog", "rain", "headlights"] = "night"
+    width: int = Field(640, ge=64, le=4096)
+    height: int = Field(480, ge=64, le=4096)
+    rate_hz: float = Field(25.0, gt=0, le=240)
+    seed: int = 7
+    frames: int | None = Field(None, ge=1)  # None: endless
+    time_offset_ms: float = Field(0.0, ge=-1000, le=1000)  # this camera's clock against the true time
+    drift_ppm: float = Field(0.0, ge=-1000, le=1000)
+    jitter_ms: float = Field(0.0, ge=0, le=50)
+    drop_share: float = Field(0.0, ge=0, lt=1)
+    shutter_every_s: float | None = Field(None, gt=0)  # thermal: shutter freezes at this interval
+    shutter_s: float = Field(0.5, gt=0, le=10)
+    stripe_counts: float = Field(0.0, ge=0)  # thermal: sigma of the column offsets, in 14-bit counts
+    dead_pixels: int = Field(0, ge=0, le=10000)
+    realtime: bool = True
+
+
+Source = Annotated[StreamSource | DeviceSource | FolderSource | SyntheticSource, Field(discriminator="kind")]
+
+
+class CaptureConfig(Section):
+    """How long a camera may be silent, and how it is called back."""
+
+    stall_ms: float = Field(250.0, gt=0)  # at least three frame periods are always granted
+    backoff_s: float = Field(0.2, gt=0)  # first wait before reconnecting; doubles up to
+    max_backoff_s: float = Field(10.0, gt=0)
+
+
+class SyncConfig(Section):
+    """When an infrared and a visible frame count as one moment."""
+
+    max_skew_ms: float = Field(40.0, gt=0)  # farther apart in capture time is no pair
+    max_wait_ms: float = Field(60.0, gt=0)  # then the lone frame is passed on alone
+    infrared_offset_ms: float = 0.0  # subtracted from the infrared capture time
+    visible_offset_ms: float = 0.0  # subtracted from the visible capture time
+    hold_ms: float = Field(100.0, ge=0)  # an infrared frame may be used again up to this age, flagged "held"
+
+
+class RegistrationConfig(Section):
+    calibration: str | None = None  # dspfusion-calibration/1 file; None: resize, flagged uncalibrated
+    feather_px: float = Field(16.0, ge=0, le=200)
+
+
+class GainConfig(Section):
+    """16-bit infrared to 8 bits: percentiles, smoothed over time."""
+
+    low_percentile: float = Field(1.0, ge=0, lt=50)
+    high_percentile: float = Field(99.0, gt=50, le=100)
+    smoothing: float = Field(0.1, gt=0, le=1)  # share of the newest frame's limits
+    min_span_counts: float = Field(200.0, gt=0)  # a flat wall is not stretched into noise
+    polarity: Literal["white_hot", "black_hot"] = "white_hot"
+
+
+class EngineConfig(Section):
+    runtime: Literal["auto", "tensorrt", "compile", "openvino", "pytorch"] = "auto"
+    variant: Literal["nano", "base"] = "nano"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    threads: int = Field(0, ge=0, le=256)  # 0: chosen from the cores that the other stages leave free
+    diffusion_steps: int = Field(4, ge=1, le=10)
+    weights: str | None = None  # a safetensors file; None: the shipped weights of the variant
+
+
+class PriorsConfig(Section):
+    every_frames: int = Field(10, ge=1, le=1000)
+    smoothing: float = Field(0.3, gt=0, le=1)  # share of the newest estimate
+    scene_change: float = Field(12.0, gt=0)  # mean thumbnail difference (grey levels) that asks for new priors at once
+
+
+class PublishConfig(Section):
+    endpoint: str = "tcp://127.0.0.1:5560"  # XPUB; "" publishes nothing
+    streams: tuple[Literal["fused", "ir", "vis"], ...] = ("fused", "ir", "vis")
+    jpeg_quality: int = Field(85, ge=1, le=100)
+    curve_secret_key_file: str | None = None  # Z85 server key; needed for any endpoint that leaves this machine
+    authorized_keys_dir: str | None = None  # public keys of clients that may subscribe
+
+
+class ViewerConfig(Section):
+    enabled: bool = False
+    host: str = "127.0.0.1"
+    port: int = Field(8870, ge=0, le=65535)
+
+
+class OutputConfig(Section):
+    video: str | None = None  # path of a video file of the fused frames
+    report: str | None = None
+
+
+class RigConfig(Section):
+    """A whole rig, as written in one YAML file."""
+
+    version: Literal[1] = 1
+    rig: str = "rig"
+    infrared: Source
+    visible: Source
+    capture: CaptureConfig = CaptureConfig()
+    sync: SyncConfig = SyncConfig()
+    registration: RegistrationConfig = RegistrationConfig()
+    gain: GainConfig = GainConfig()
+    engine: EngineConfig = EngineConfig()
+    priors: PriorsConfig = PriorsConfig()
+    publish: PublishConfig = PublishConfig()
+    viewer: ViewerConfig = ViewerConfig()
+    output: OutputConfig = OutputConfig()
+
+    @field_validator("rig")
+    @classmethod
+    def _name_is_a_topic(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z0-9_-]{1,32}", value):
+            raise ValueError("the rig's name becomes a topic: use 1 to 32 of a-z, 0-9, _ and -")
+        return value
+
+    @model_validator(mode="after")
+    def _cameras_differ(self) -> RigConfig:
+        if self.infrared.kind == "stream" and self.infrared == self.visible:
+            raise ValueError("infrared and visible are the same stream: give each camera its own url")
+        return self
