@@ -2,31 +2,227 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
+import cv2
 import numpy as np
+
+MAX_SIDE_PX = 16384
+ROTATION_TOLERANCE = 1e-4  # a file written with six digits passes
+EDGE_PX = 1.0  # the outermost ring of valid pixels borrows from outside when it is interpolated
 
 
 class CalibrationError(Exception):
     """A calibration that cannot be used: says what, why and what to do."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CameraModel:
-    """A pinhole camera with plumb-bob distortion (OpenCV's k1 k2 p1 p2 k3)."""
+    """A pinhole camera with plumb-bob distortion (OpenCV's k1 k2 p1 p2 k3).
+
+    Raises:
+        CalibrationError: for a size, focal length or number that no camera has.
+    """
 
     width: int
     height: int
     matrix: np.ndarray  # (3, 3) float64, pixels
     distortion: np.ndarray = field(default_factory=lambda: np.zeros(5))  # (5,)
 
+    def __post_init__(self) -> None:
+        for name in ("width", "height"):
+            side = getattr(self, name)
+            if not isinstance(side, int | np.integer) or isinstance(side, bool) or not 1 <= side <= MAX_SIDE_PX:
+                raise CalibrationError(f"a camera's {name} is 1 to {MAX_SIDE_PX} pixels, got {side!r}")
+        matrix = _numbers(self.matrix, (3, 3), "the camera matrix")
+        distortion = np.ravel(np.asarray(self.distortion, dtype=np.float64))
+        if distortion.size == 4:  # k3 left out
+            distortion = np.append(distortion, 0.0)
+        distortion = _numbers(distortion, (5,), "the distortion (k1, k2, p1, p2, k3)")
+        if matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
+            raise CalibrationError(f"focal lengths are positive, got fx = {matrix[0, 0]:g}, fy = {matrix[1, 1]:g}")
+        if matrix[1, 0] or not np.array_equal(matrix[2], (0, 0, 1)):
+            raise CalibrationError("a camera matrix is [[fx, s, cx], [0, fy, cy], [0, 0, 1]]")
+        _freeze(self, width=int(self.width), height=int(self.height), matrix=matrix, distortion=distortion)
 
-@dataclass(frozen=True)
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels."""
+        return self.width, self.height
+
+    @property
+    def widest_radius(self) -> float:
+        """Where the distortion polynomial turns back (tangent of the angle); beyond it the model means nothing."""
+        k1, k2, _, _, k3 = self.distortion
+        # d/dr of r (1 + k1 r^2 + k2 r^4 + k3 r^6), as a polynomial in r^2
+        roots = np.roots([7 * k3, 5 * k2, 3 * k1, 1.0])
+        turning = [root.real for root in roots if abs(root.imag) < 1e-9 and root.real > 0]
+        return math.sqrt(min(turning)) if turning else math.inf
+
+    def project(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ideal image coordinates (X/Z, Y/Z) to distorted pixels."""
+        x, y = self._distort(x, y)
+        fx, skew, cx = self.matrix[0]
+        _, fy, cy = self.matrix[1]
+        return fx * x + skew * y + cx, fy * y + cy
+
+    def rays(self, column: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Distorted pixels to ideal image coordinates (X/Z, Y/Z), and where that worked (bool).
+
+        Fixed-point iteration, then checked by projecting back to 0.01 px: strong distortion has corners without an
+        answer.
+        """
+        fx, skew, cx = self.matrix[0]
+        _, fy, cy = self.matrix[1]
+        y_seen = (row - cy) / fy
+        x_seen = (column - cx - skew * y_seen) / fx
+        x, y = x_seen, y_seen
+        with np.errstate(all="ignore"):
+            for _ in range(50 if self.distortion.any() else 0):
+                x_distorted, y_distorted = self._distort(x, y)
+                x_error, y_error = x_distorted - x_seen, y_distorted - y_seen
+                x, y = x - x_error, y - y_error
+                if max(np.abs(x_error).max(), np.abs(y_error).max()) < 1e-9:
+                    break
+            again_column, again_row = self.project(x, y)
+            close = np.hypot(again_column - column, again_row - row) < 0.01
+            return x, y, close & (x * x + y * y < self.widest_radius**2)
+
+    def _distort(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        k1, k2, p1, p2, k3 = self.distortion
+        square = x * x + y * y
+        radial = 1 + square * (k1 + square * (k2 + square * k3))
+        return (
+            x * radial + 2 * p1 * x * y + p2 * (square + 2 * x * x),
+            y * radial + p1 * (square + 2 * y * y) + 2 * p2 * x * y,
+        )
+
+
+@dataclass(frozen=True, eq=False)
 class Rig:
-    """Both cameras, and the plane on which their pictures are made to coincide."""
+    """Both cameras, and the plane on which their pictures are made to coincide.
+
+    Raises:
+        CalibrationError: for a pose that is no rotation and translation, or a distance that is none.
+    """
 
     visible: CameraModel
     infrared: CameraModel
     infrared_from_visible: np.ndarray  # (4, 4): a point in visible coordinates -> infrared coordinates, metres
-    plane_distance_m: float = 30.0  # reference plane, parallel to the visible image
+    plane_distance_m: float = 30.0  # reference plane, parallel to the visible image; inf: very far
     time_offset_ms: float = 0.0  # infrared capture clock minus visible capture clock
+    # (3, 3), infrared pixel -> visible pixel. Set where nothing else is known: then it alone decides.
+    homography: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        pose = _numbers(self.infrared_from_visible, (4, 4), "the pose infrared_from_visible")
+        rotation = pose[:3, :3]
+        if not np.array_equal(pose[3], (0, 0, 0, 1)):
+            raise CalibrationError("the last row of the pose infrared_from_visible is [0, 0, 0, 1]")
+        if np.abs(rotation @ rotation.T - np.eye(3)).max() > ROTATION_TOLERANCE:
+            raise CalibrationError("the rotation in infrared_from_visible is not orthonormal: calibrate the rig again")
+        if np.linalg.det(rotation) < 0:
+            raise CalibrationError("the rotation in infrared_from_visible mirrors (its determinant is -1)")
+        if math.isnan(self.plane_distance_m) or self.plane_distance_m <= 0:
+            raise CalibrationError(f"the reference plane is in front of the camera, got {self.plane_distance_m} m")
+        if not math.isfinite(self.time_offset_ms):
+            raise CalibrationError(f"the time offset is a number of milliseconds, got {self.time_offset_ms}")
+        homography = self.homography
+        if homography is not None:
+            homography = _numbers(homography, (3, 3), "the homography")
+            if abs(np.linalg.det(homography)) < 1e-12:
+                raise CalibrationError("the homography cannot be inverted: it maps the picture onto a line or a point")
+        _freeze(self, infrared_from_visible=pose, homography=homography)
+
+    @property
+    def baseline_m(self) -> float:
+        return float(np.linalg.norm(self.infrared_from_visible[:3, 3]))
+
+
+def infrared_map(
+    rig: Rig, feather_px: float = 16.0, plane_distance_m: float | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Where each pixel of the visible camera, lens distortion and all, is found in the infrared picture.
+
+    Exact for things on the reference plane; nearer and farther ones are off by focal_px * baseline * |1/Z - 1/plane|.
+
+    Args:
+        rig: the calibration.
+        feather_px: width of the fall-off at the edge of what infrared sees.
+        plane_distance_m: instead of the rig's own.
+
+    Returns:
+        map_x, map_y: float32 (H, W) of the visible size, infrared pixels, ready for cv2.remap; outside the infrared
+            picture they stay within one picture's size of it.
+        weight: float32 (H, W) in [0, 1], 0 where infrared sees nothing, 1 well inside.
+    """
+    distance_m = rig.plane_distance_m if plane_distance_m is None else plane_distance_m
+    if not distance_m > 0:
+        raise CalibrationError(f"the reference plane is in front of the camera, got {distance_m} m")
+    row, column = np.mgrid[0 : rig.visible.height, 0 : rig.visible.width].astype(np.float64)
+    with np.errstate(all="ignore"):
+        if rig.homography is not None:
+            map_x, map_y, valid = _through_homography(np.linalg.inv(rig.homography), column, row)
+        else:
+            map_x, map_y, valid = _through_plane(rig, distance_m, column, row)
+    width, height = rig.infrared.size
+    valid &= (map_x >= 0) & (map_x <= width - 1) & (map_y >= 0) & (map_y <= height - 1)
+    map_x = np.clip(np.nan_to_num(map_x, nan=-width, posinf=2 * width, neginf=-width), -width, 2 * width)
+    map_y = np.clip(np.nan_to_num(map_y, nan=-height, posinf=2 * height, neginf=-height), -height, 2 * height)
+    return map_x.astype(np.float32), map_y.astype(np.float32), _feathered(valid, feather_px)
+
+
+def _through_plane(
+    rig: Rig, distance_m: float, column: np.ndarray, row: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    x, y, valid = rig.visible.rays(column, row)
+    rotation, translation = rig.infrared_from_visible[:3, :3], rig.infrared_from_visible[:3, 3]
+    # The point (x, y, 1) * distance, divided by the distance: also right for a plane at infinity.
+    inverse_m = 1.0 / distance_m
+    point = [rotation[axis, 0] * x + rotation[axis, 1] * y + rotation[axis, 2] for axis in range(3)]
+    point = [coordinate + shift * inverse_m for coordinate, shift in zip(point, translation, strict=True)]
+    in_front = point[2] > 1e-6
+    ideal_x, ideal_y = point[0] / point[2], point[1] / point[2]
+    # A strongly distorted lens model folds far-away rays back into its picture.
+    in_model = ideal_x * ideal_x + ideal_y * ideal_y < rig.infrared.widest_radius**2
+    map_x, map_y = rig.infrared.project(ideal_x, ideal_y)
+    return map_x, map_y, valid & in_front & in_model
+
+
+def _through_homography(
+    infrared_from_visible: np.ndarray, column: np.ndarray, row: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    centre = infrared_from_visible[2] @ (column.mean(), row.mean(), 1.0)
+    x, y, scale = (line[0] * column + line[1] * row + line[2] for line in infrared_from_visible)
+    return x / scale, y / scale, scale * np.sign(centre) > 1e-12  # the other side of the horizon is no picture
+
+
+def _feathered(valid: np.ndarray, feather_px: float) -> np.ndarray:
+    """0 outside, rising to 1 over `feather_px` pixels from the edge. The edge of the visible picture itself is none."""
+    if valid.all():
+        return np.ones(valid.shape, np.float32)
+    distance = cv2.distanceTransform(valid.astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    if feather_px <= 0:
+        return (distance > EDGE_PX).astype(np.float32)
+    return np.clip((distance - EDGE_PX) / feather_px, 0.0, 1.0).astype(np.float32)
+
+
+def _numbers(values: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
+    """A read-only float64 copy of the right shape, all finite."""
+    try:
+        array = np.array(values, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise CalibrationError(f"{name} holds something that is not a number") from None
+    if array.shape != shape:
+        raise CalibrationError(f"{name} has the shape {shape}, got {array.shape}")
+    if not np.isfinite(array).all():
+        raise CalibrationError(f"{name} has values that are not finite: calibrate the rig again")
+    array.flags.writeable = False
+    return array
+
+
+def _freeze(instance: object, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(instance, name, value)
