@@ -335,11 +335,11 @@ class Client:
 
 
 def connect(
-    context: zmq.Context[zmq.Socket[bytes]],
+    context: zmq.Context[Any],
     endpoint: str,
     server_key: str | Path | None = None,
     secret_key: str | Path | None = None,
-) -> zmq.Socket[bytes]:
+) -> zmq.Socket[Any]:
     """A subscriber's socket with the limits and heartbeats of this format, connected, subscribed to nothing yet."""
     socket = context.socket(zmq.SUB)
     try:
