@@ -172,3 +172,90 @@ class RigConfig(Section):
         if self.infrared.kind == "stream" and self.infrared == self.visible:
             raise ValueError("infrared and visible are the same stream: give each camera its own url")
         return self
+
+
+def load_config(path: str | Path) -> RigConfig:
+    """Reads and checks a rig's YAML file.
+
+    `${env:NAME}` in a value is replaced by that environment variable, so that passwords stay out of the file.
+    Paths inside are taken relative to the file's own folder.
+
+    Raises:
+        ConfigError: the file cannot be read, is no YAML, or has an unknown key or an impossible value.
+    """
+    path = Path(path)
+    values = read_yaml(path)
+    try:
+        config = RigConfig.model_validate(_substitute(values))
+    except ValidationError as error:
+        raise ConfigError(f"{path.name}: {_first_problem(error)}") from None
+    return _anchor_paths(config, path.parent)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a small YAML file holds.
+
+    Raises:
+        ConfigError: missing, larger than 1 MiB, no YAML, or no mapping.
+    """
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"{path}: larger than 1 MiB, so this is no configuration: give the rig's YAML file")
+        values = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}: check the path") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" line {where.line + 1}" if where else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: correct the syntax there") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected keys and values, found {type(values).__name__}: see configs/demo.yaml")
+    return values
+
+
+def _substitute(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _substitute(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_substitute(item) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def look_up(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise ConfigError(f"the configuration needs the environment variable {name}: set it before starting")
+        return os.environ[name]
+
+    return re.sub(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}", look_up, value)
+
+
+def _first_problem(error: ValidationError) -> str:
+    """One line for the first thing that is wrong, with the key's path; never repeats a value (it may be secret)."""
+    problems = error.errors(include_input=False, include_url=False)
+    # The discriminator's tag is part of pydantic's path but not of the file's.
+    tags = {"stream", "device", "folder", "synthetic"}
+    where = ".".join(str(part) for part in problems[0]["loc"] if part not in tags) or "the configuration"
+    message = problems[0]["msg"].removeprefix("Value error, ")
+    if problems[0]["type"] == "extra_forbidden":
+        message = "unknown key: remove it, or see `dspfusion config schema` for the keys there are"
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{where}: {message}{more}"
+
+
+def _anchor_paths(config: RigConfig, folder: Path) -> RigConfig:
+    def anchored(path: str) -> str:
+        return path if Path(path).is_absolute() else str((folder / path).resolve())
+
+    def source(section: Any) -> Any:
+        if isinstance(section, FolderSource) or (isinstance(section, StreamSource) and "://" not in section.url):
+            key = "path" if isinstance(section, FolderSource) else "url"
+            return section.model_copy(update={key: anchored(getattr(section, key))})
+        return section
+
+    updates: dict[str, Any] = {"infrared": source(config.infrared), "visible": source(config.visible)}
+    if config.registration.calibration:
+        updates["registration"] = config.registration.model_copy(
+            update={"calibration": anchored(config.registration.calibration)}
+        )
+    return config.model_copy(update=updates)

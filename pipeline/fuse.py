@@ -1,0 +1,151 @@
+"""Fuse: the aligned pair and the priors in, one restored picture out.
+
+The priors describe the scene as a whole and vary slowly. So they are estimated every few frames, smoothed over time
+(which also removes flicker), and handed to the network as inputs: the per-frame path never waits for them.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+
+import cv2
+import numpy as np
+
+from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, FusionEngine, Priors
+from pipeline.config import PriorsConfig
+from pipeline.frame import AlignedPair, FusedFrame
+from pipeline.handover import Latest
+
+THUMBNAIL = (32, 24)
+
+
+class PriorKeeper:
+    """Holds the current priors and knows when they are due.
+
+    In step (replay) the estimate is made in the call, at fixed frames, so that a run can be repeated bit by bit.
+    In the background (live) one thread estimates and the frames go on with the priors there are.
+    """
+
+    def __init__(self, engine: FusionEngine, config: PriorsConfig, background: bool) -> None:
+        self._engine = engine
+        self._config = config
+        self._current: Priors | None = None
+        self._estimated_at = 0
+        self._asked_at = 0
+        self._thumbnail: np.ndarray | None = None
+        self._presence: tuple[bool, bool] | None = None
+        self.updates = 0
+        self.failures = 0
+        self._lock = threading.Lock()
+        self._slot: Latest[tuple[np.ndarray, np.ndarray, float, int]] = Latest()
+        self._stopping = threading.Event()
+        self._thread: threading.Thread | None = None
+        if background:
+            self._thread = threading.Thread(target=self._work, name="priors", daemon=True)
+            self._thread.start()
+
+    def priors(self, infrared: np.ndarray, visible: np.ndarray, presence: tuple[bool, bool], index: int) -> Priors:
+        """The priors to fuse frame `index` with; `presence` says which camera (infrared, visible) is live."""
+        thumbnail = np.dstack(
+            [cv2.resize(infrared, THUMBNAIL), cv2.resize(visible, THUMBNAIL, interpolation=cv2.INTER_LINEAR)]
+        )
+        new_scene = presence != self._presence or self._differs(thumbnail)
+        first = self._current is None
+        if first or new_scene or index - self._asked_at >= self._config.every_frames:
+            self._thumbnail, self._presence, self._asked_at = thumbnail, presence, index
+            # After a cut the old priors are wrong rather than noisy: they are replaced, not blended.
+            share = 1.0 if new_scene else self._config.smoothing
+            if first or self._thread is None:
+                self._estimate(infrared, visible, share, index)
+            else:
+                self._slot.put((infrared, visible, share, index))
+        with self._lock:
+            assert self._current is not None
+            return self._current
+
+    def age_frames(self, index: int) -> int:
+        """How many frames ago the newest estimate was made."""
+        return index - self._estimated_at
+
+    def close(self) -> None:
+        self._stopping.set()
+        if self._thread is not None:
+            self._thread.join(timeout=2)
+
+    def _differs(self, thumbnail: np.ndarray) -> bool:
+        if self._thumbnail is None:
+            return True
+        return float(cv2.absdiff(thumbnail, self._thumbnail).mean()) > self._config.scene_change
+
+    def _estimate(self, infrared: np.ndarray, visible: np.ndarray, share: float, index: int) -> None:
+        newer = self._engine.estimate_priors(infrared, visible)
+        with self._lock:
+            self._current = newer if self._current is None else self._current.blend(newer, share)
+            self._estimated_at = index
+            self.updates += 1
+
+    def _work(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                work = self._slot.take(timeout_s=0.2)
+            except TimeoutError:
+                continue
+            try:
+                self._estimate(*work)
+            except Exception:
+                # The frames go on with the priors there are; the count is in the report.
+                self.failures += 1
+
+
+class Fuse:
+    """One aligned pair in, one fused frame out."""
+
+    def __init__(self, engine: FusionEngine, config: PriorsConfig, background: bool) -> None:
+        self._engine = engine
+        self.keeper = PriorKeeper(engine, config, background)
+        self._index = 0
+
+    def __call__(self, aligned: AlignedPair) -> FusedFrame:
+        """Fuses one pair. A missing camera is black to the network, which was trained to expect that."""
+        started = time.perf_counter()
+        infrared, visible = aligned.infrared, aligned.visible
+        presence = (infrared is not None, visible is not None)
+        if infrared is None:
+            assert visible is not None
+            infrared = np.zeros(visible.shape[:2], np.uint8)
+        if visible is None:
+            visible = np.zeros((*infrared.shape, 3), np.uint8)
+        priors = self.keeper.priors(infrared, visible, presence, self._index)
+        image = self._engine.fuse(infrared, visible, priors)
+        if all(presence) and aligned.weight is not None:
+            # Outside the infrared camera's view there is nothing to fuse: the visible picture fades in.
+            image = cv2.blendLinear(image, visible, aligned.weight, 1 - aligned.weight)
+        fused = FusedFrame(
+            image=image,
+            aligned=aligned,
+            mode=aligned.pair.mode,
+            index=self._index,
+            degradation=readout(priors, presence),
+            priors_age_frames=self.keeper.age_frames(self._index),
+        )
+        self._index += 1
+        return replace(fused, latency_ms={"fuse": (time.perf_counter() - started) * 1e3})
+
+    def close(self) -> None:
+        self.keeper.close()
+
+
+def readout(priors: Priors, presence: tuple[bool, bool]) -> dict[str, dict[str, float]]:
+    """What the model perceives as degraded: for each camera that is live, the probability of each kind."""
+    perceived: dict[str, dict[str, float]] = {}
+    if presence[0]:
+        perceived["infrared"] = _named(INFRARED_DEGRADATIONS, priors.infrared_probabilities)
+    if presence[1]:
+        perceived["visible"] = _named(VISIBLE_DEGRADATIONS, priors.visible_probabilities)
+    return perceived
+
+
+def _named(kinds: tuple[str, ...], probabilities: np.ndarray) -> dict[str, float]:
+    return {kind: round(float(p), 3) for kind, p in zip(kinds, probabilities, strict=True)}

@@ -1,0 +1,327 @@
+"""The live pipeline: wires the stages, from two capture threads to the publisher, and accounts for every frame.
+
+    capture ─┐
+             ├─► inbox ─► sync ─► register ─► fuse ─► publish (own thread)
+    capture ─┘            one flow thread             └─► video file (own thread)
+
+Where the machine is too slow, the oldest frame is dropped and counted by reason; latency stays bounded.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from threading import Condition, Event
+from typing import Any
+
+from engines.selection import create_engine
+
+from engines.base import FusionEngine
+from pipeline.capture import Capture
+from pipeline.config import EngineConfig, RigConfig
+from pipeline.frame import AlignedPair, Camera, Frame, FramePair, FusedFrame
+from pipeline.fuse import Fuse
+from pipeline.gain import InfraredGain
+from pipeline.publish import PublishContext, Publisher
+from pipeline.record import BackgroundVideo
+from pipeline.register import Register
+from pipeline.sources.opening import open_source
+from pipeline.sync import Sync
+from pipeline.telemetry import Telemetry
+
+log = logging.getLogger("dspfusion.live")
+
+INBOX_FRAMES = 8  # per camera: about a third of a second; more would only be late
+IDLE_S = 0.05  # how often the flow looks up when no frame comes
+CAMERAS: tuple[Camera, Camera] = ("infrared", "visible")
+
+
+class Inbox:
+    """Where both capture threads leave their frames for the flow thread; bounded per camera, drops the oldest."""
+
+    def __init__(self) -> None:
+        self._changed = Condition()
+        self._frames: dict[Camera, deque[Frame]] = {camera: deque() for camera in CAMERAS}
+
+    def put(self, frame: Frame) -> int:
+        """Never waits. Returns how many older frames were pushed out."""
+        with self._changed:
+            frames = self._frames[frame.camera]
+            pushed_out = int(len(frames) == INBOX_FRAMES)
+            if pushed_out:
+                frames.popleft()
+            frames.append(frame)
+            self._changed.notify()
+            return pushed_out
+
+    def take(self, timeout_s: float) -> list[Frame]:
+        """All frames that wait, in capture order; empty after `timeout_s` without one."""
+        with self._changed:
+            self._changed.wait_for(lambda: any(self._frames.values()), timeout_s)
+            frames = [frame for camera in CAMERAS for frame in self._frames[camera]]
+            for camera in CAMERAS:
+                self._frames[camera].clear()
+        return sorted(frames, key=lambda frame: frame.captured_ns)
+
+
+class FrameLedger:
+    """Says of every source frame that left synchronisation whether a fused picture shows it."""
+
+    def __init__(self, telemetry: Telemetry) -> None:
+        self._telemetry = telemetry
+        self._last: dict[Camera, tuple[Frame, str | None]] = {}  # only the newest frame can come again, as held
+
+    def settle(self, pair: FramePair, dropped_because: str | None) -> None:
+        """Books the frames of a pair that was fused (None), or dropped in the fuse stage for a reason."""
+        for frame in (pair.infrared, pair.visible):
+            if frame is None:
+                continue
+            last = self._last.get(frame.camera)
+            again = last is not None and last[0] is frame
+            if again and (dropped_because is not None or last[1] is None):  # type: ignore[index]
+                continue
+            if again:  # dropped with an earlier pair, but shown after all
+                self._telemetry.frame_dropped(frame.camera, "fuse", last[1] or "", -1)  # type: ignore[index]
+            if dropped_because is None:
+                self._telemetry.frame_used(frame.camera)
+            else:
+                self._telemetry.frame_dropped(frame.camera, "fuse", dropped_because)
+            self._last[frame.camera] = (frame, dropped_because)
+
+
+class LivePipeline:
+    """One rig, running. Build it, `run` it, read the report.
+
+    Args:
+        config: the rig.
+        engine: serves instead of the one that the configuration asks for.
+        on_fused: called with every fused frame in the flow thread.
+
+    Raises:
+        DspfusionError, EngineError, CalibrationError: the configuration cannot be run; nothing is left open.
+    """
+
+    def __init__(
+        self,
+        config: RigConfig,
+        engine: FusionEngine | None = None,
+        on_fused: Callable[[FusedFrame], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.telemetry = Telemetry()
+        self._stop = Event()
+        self._on_fused = on_fused
+        self._gain = InfraredGain(config.gain)
+        self._register = Register(config.registration, self._gain)
+        self._sync = Sync(config.sync)
+        self._inbox = Inbox()
+        self._ledger = FrameLedger(self.telemetry)
+        sources = {
+            "infrared": open_source(config.infrared, "infrared"),
+            "visible": open_source(config.visible, "visible"),
+        }
+        self._captures = {camera: Capture(sources[camera], self._inbox.put, config.capture) for camera in CAMERAS}
+        self._publisher = Publisher(config.publish, config.rig, health=self._health, on_published=self._published)
+        self._video: BackgroundVideo | None = None
+        try:
+            self._engine = engine or engine_for(config.engine)
+            self._fuse = Fuse(self._engine, config.priors, background=True)
+            if config.output.video:
+                rate_hz = getattr(config.visible, "rate_hz", None) or 25.0
+                self._video = BackgroundVideo(config.output.video, rate_hz)
+        except BaseException:
+            self._publisher.close()
+            raise
+        for line in self._engine.description.fallbacks:
+            self.telemetry.fallback(line)
+        self._warm = False
+        self._started_ns = 0
+        self._first_fused_ns = 0
+
+    @property
+    def endpoint(self) -> str:
+        """Where the fused frames are published, as bound."""
+        return self._publisher.endpoint
+
+    def stop(self) -> None:
+        """Asks the run to end; may be called from any thread or a signal handler."""
+        self._stop.set()
+
+    def run(self, duration_s: float | None = None) -> dict[str, Any]:
+        """Runs until `stop`, the end of both recordings, or `duration_s`, and returns the report."""
+        self._started_ns = time.monotonic_ns()
+        deadline = None if duration_s is None else time.monotonic() + duration_s
+        for capture in self._captures.values():
+            capture.start()
+        try:
+            while not self._stop.is_set() and (deadline is None or time.monotonic() < deadline):
+                self._turn()
+                if all(capture.state == "ended" for capture in self._captures.values()):
+                    break
+        finally:
+            self._shut_down()
+        return self.report()
+
+    def report(self) -> dict[str, Any]:
+        """The report of the run so far; exact once the run has ended."""
+        return self.telemetry.report(
+            {camera: self._captures[camera].captured for camera in CAMERAS},
+            engine=describe_engine(self._engine),
+            priors={
+                "updates": self._fuse.keeper.updates,
+                "failures": self._fuse.keeper.failures,
+                "steps": self.config.engine.diffusion_steps,
+            },
+            registration={"state": "calibrated" if self._register.calibrated else "uncalibrated"},
+            cameras={camera: self._captures[camera].counters() for camera in CAMERAS},
+            start_up_ms=round((self._first_fused_ns - self._started_ns) / 1e6, 1) if self._first_fused_ns else None,
+        )
+
+    # The flow
+
+    def _turn(self) -> None:
+        """One turn of the flow: what came in, what is due, and one picture at the most."""
+        for frame in self._inbox.take(self._patience_s()):
+            self._sync.add(frame, time.monotonic_ns())
+        self._process(self._sync.poll(time.monotonic_ns()))
+
+    def _patience_s(self) -> float:
+        deadline = self._sync.next_deadline_ns
+        if deadline is None:
+            return IDLE_S
+        return min(IDLE_S, max(0.0, (deadline - time.monotonic_ns()) / 1e9))
+
+    def _process(self, pairs: list[FramePair]) -> None:
+        if not pairs:
+            return
+        for pair in pairs[:-1]:  # late already: only the newest is worth the time
+            self._drop(pair, "overload")
+        pair = pairs[-1]
+        if not self._warm:
+            # The first pair has the runtime compiled for this size. What came in meanwhile is late.
+            self._warm = True
+            aligned = self._register(pair)
+            self._fuse_safely(aligned)
+            self._drop(pair, "starting")
+            for frame in self._inbox.take(0):
+                self._sync.add(frame, time.monotonic_ns())
+            for late in self._sync.poll(time.monotonic_ns()):
+                self._drop(late, "starting")
+            return
+        self._fuse_and_publish(pair)
+
+    def _drop(self, pair: FramePair, reason: str) -> None:
+        self.telemetry.pair(pair.mode, pair.skew_ms)
+        self.telemetry.drop("fuse", reason)
+        self._ledger.settle(pair, reason)
+
+    def _fuse_and_publish(self, pair: FramePair) -> None:
+        self.telemetry.pair(pair.mode, pair.skew_ms)
+        reference = pair.visible or pair.infrared
+        assert reference is not None
+        started = time.monotonic_ns()
+        aligned = self._register(pair)
+        registered = time.monotonic_ns()
+        fused = self._fuse_safely(aligned)
+        now = time.monotonic_ns()
+        times = {
+            "capture": max(0.0, (reference.arrived_ns - reference.captured_ns) / 1e6),
+            "sync": max(0.0, (started - reference.arrived_ns) / 1e6),
+            "register": (registered - started) / 1e6,
+            "fuse": (now - registered) / 1e6,
+        }
+        for stage, milliseconds in times.items():
+            self.telemetry.stage(stage, milliseconds)
+        fused = replace(fused, latency_ms=times)
+        self._ledger.settle(pair, None)
+        self.telemetry.fused_frame(fused.mode, now)
+        self._first_fused_ns = self._first_fused_ns or now
+        self._publisher.publish(fused, self._context())
+        if self._video is not None:
+            self._video.write(fused.image, pair.captured_ns)
+        if self._on_fused is not None:
+            self._on_fused(fused)
+
+    def _fuse_safely(self, aligned: AlignedPair) -> FusedFrame:
+        """Fuses; an engine that fails in flight is replaced by the reference engine, once, and that is reported."""
+        try:
+            return self._fuse(aligned)
+        except Exception as error:
+            if self._engine.description.runtime == "pytorch":
+                raise
+            line = f"{self._engine.description.runtime} failed while running ({error}): pytorch serves from now on"
+            log.warning(line)
+            self.telemetry.fallback(line)
+            self._fuse.close()
+            self._engine = engine_for(self.config.engine.model_copy(update={"runtime": "pytorch", "precision": "fp32"}))
+            self._fuse = Fuse(self._engine, self.config.priors, background=True)
+            return self._fuse(aligned)
+
+    def _context(self) -> PublishContext:
+        return PublishContext(
+            engine=self._engine.description,
+            diffusion_steps=self.config.engine.diffusion_steps,
+            drops={camera: sum(capture.dropped.values()) for camera, capture in self._captures.items()},
+        )
+
+    def _published(self, fused: FusedFrame, sent_ns: int) -> None:
+        self.telemetry.published_frame()
+        self.telemetry.stage("capture_to_publish", (sent_ns - fused.aligned.pair.captured_ns) / 1e6)
+
+    def _health(self) -> dict[str, Any]:
+        return {
+            "cameras": {camera: capture.counters() for camera, capture in self._captures.items()},
+            "fused": self.telemetry.fused,
+            "fps": self.telemetry.fps(),
+            "fallbacks": list(self.telemetry.fallbacks),
+        }
+
+    # The end
+
+    def _shut_down(self) -> None:
+        for capture in self._captures.values():
+            capture.stop(timeout_s=0.6)
+        for frame in self._inbox.take(0):
+            self._sync.add(frame, time.monotonic_ns())
+        for pair in self._sync.flush():
+            self._drop(pair, "stopping")
+        self._fuse.close()
+        self._publisher.close()
+        if self._video is not None:
+            self._video.close()
+            self.telemetry.drop("video", "too_slow", self._video.dropped)
+            if self._video.failure:
+                self.telemetry.fallback(self._video.failure)
+        self._engine.close()
+        self._settle_counters()
+
+    def _settle_counters(self) -> None:
+        for reason, count in self._publisher.statistics()["dropped"].items():
+            self.telemetry.drop("publish", reason, count)
+        for camera, capture in self._captures.items():
+            for stage, reasons in (("capture", capture.dropped), ("sync", self._sync.dropped[camera])):
+                for reason, count in reasons.items():
+                    self.telemetry.drop(stage, f"{camera}_{reason}", count)
+                    self.telemetry.frame_dropped(camera, stage, reason, count)
+
+
+def engine_for(config: EngineConfig) -> FusionEngine:
+    """The engine that a configuration asks for."""
+    return create_engine(
+        runtime=config.runtime,
+        variant=config.variant,
+        precision=config.precision,
+        threads=config.threads,
+        diffusion_steps=config.diffusion_steps,
+        weights=config.weights,
+    )
+
+
+def describe_engine(engine: FusionEngine) -> dict[str, Any]:
+    """The report's account of which engine serves, and why."""
+    description = asdict(engine.description)
+    description.pop("fallbacks")  # the report lists all fallbacks of the run in one place
+    return description

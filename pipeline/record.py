@@ -1,0 +1,134 @@
+"""Writes fused frames to a video file, whole or not at all."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from threading import Thread
+
+import av
+import numpy as np
+
+from pipeline.errors import ConfigError
+from pipeline.handover import HandoverClosed, Latest
+
+TIME_BASE = Fraction(1, 90_000)
+FORMATS = {".mp4": "mp4", ".mkv": "matroska"}
+
+
+class VideoFile:
+    """An H.264 file (.mp4 or .mkv) of RGB frames with their own times.
+
+    Equal frames give equal bytes. The file appears under its name when `close` is called; until then, and after
+    `discard`, there is only a ".part" file or nothing.
+    """
+
+    def __init__(self, path: str | Path, rate_hz: float = 25.0, preset: str = "veryfast", threads: int = 1) -> None:
+        self.path = Path(path)
+        if self.path.suffix.lower() not in FORMATS:
+            raise ConfigError(f"{self.path.name}: a video ends in .mp4 or .mkv: choose one of them")
+        if not self.path.parent.is_dir():
+            raise ConfigError(f"the folder {self.path.parent} does not exist: create it first")
+        self._part = self.path.with_name(self.path.name + ".part")
+        self._rate_hz, self._preset, self._threads = rate_hz, preset, threads
+        self._container: av.container.OutputContainer | None = None
+        self._stream: av.VideoStream | None = None
+        self._last_pts = -1
+        self._first_ns: int | None = None
+        self.frames = 0
+
+    def write(self, image: np.ndarray, time_ns: int) -> None:
+        """Adds one frame: uint8 RGB (H, W, 3), all of one size, at `time_ns` on any scale (the first counts as 0)."""
+        if self._container is None:
+            self._open(image.shape[1], image.shape[0])
+        assert self._container is not None
+        assert self._stream is not None
+        if (self._stream.width, self._stream.height) != (image.shape[1], image.shape[0]):
+            raise ConfigError(
+                f"the picture became {image.shape[1]}x{image.shape[0]} while {self.path.name} is "
+                f"{self._stream.width}x{self._stream.height}: a video has one size: start a new recording"
+            )
+        self._first_ns = time_ns if self._first_ns is None else self._first_ns
+        pts = max(self._last_pts + 1, round((time_ns - self._first_ns) / 1e9 / TIME_BASE))
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+        frame.pts, frame.time_base, self._last_pts = pts, TIME_BASE, pts
+        self._container.mux(self._stream.encode(frame))
+        self.frames += 1
+
+    def close(self) -> None:
+        """Finishes the file and gives it its name. Without a frame there is no file."""
+        if self._container is None:
+            return
+        assert self._stream is not None
+        self._container.mux(self._stream.encode(None))
+        self._container.close()
+        self._container = None
+        self._part.replace(self.path)
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+        self._part.unlink(missing_ok=True)
+
+    def _open(self, width: int, height: int) -> None:
+        try:
+            # "bitexact" keeps random identifiers and library versions out of the file.
+            self._container = av.open(
+                str(self._part), "w", format=FORMATS[self.path.suffix.lower()], options={"fflags": "+bitexact"}
+            )
+        except (av.FFmpegError, OSError) as error:
+            raise ConfigError(f"cannot write {self.path}: {error.strerror}: choose another place") from None
+        stream = self._container.add_stream("libx264", rate=Fraction(self._rate_hz).limit_denominator(1001))
+        stream.width, stream.height = width, height
+        # Halved chroma needs even sizes.
+        stream.pix_fmt = "yuv420p" if width % 2 == 0 and height % 2 == 0 else "yuv444p"
+        stream.codec_context.time_base = TIME_BASE
+        stream.codec_context.thread_count = self._threads
+        stream.options = {"preset": self._preset, "crf": "18", "bf": "0"}
+        self._stream = stream
+
+
+class BackgroundVideo:
+    """A video file written in a thread of its own, so that an encoder or a disk never holds the live flow up.
+
+    When the writer falls behind, the oldest waiting frame is dropped and counted. When it fails (a full disk), it stops,
+    keeps what was written, and says so in `failure`; fusion goes on.
+    """
+
+    def __init__(self, path: str | Path, rate_hz: float) -> None:
+        self._file = VideoFile(path, rate_hz, preset="ultrafast")
+        self._slot: Latest[tuple[np.ndarray, int]] = Latest(slots=8)
+        self.failure: str | None = None
+        self._thread = Thread(target=self._write, name="video", daemon=True)
+        self._thread.start()
+
+    @property
+    def dropped(self) -> int:
+        return self._slot.dropped
+
+    @property
+    def frames(self) -> int:
+        return self._file.frames
+
+    def write(self, image: np.ndarray, time_ns: int) -> None:
+        """Hands one frame over; never waits."""
+        if self.failure is None:
+            self._slot.put((image, time_ns))
+
+    def close(self) -> None:
+        """Writes what waits and finishes the file."""
+        self._slot.close()
+        self._thread.join(timeout=5)
+
+    def _write(self) -> None:
+        try:
+            while True:
+                try:
+                    self._file.write(*self._slot.take())
+                except HandoverClosed:
+                    break
+            self._file.close()
+        except (ConfigError, OSError, av.FFmpegError) as error:
+            self.failure = f"the video {self._file.path.name} was given up after {self._file.frames} frames: {error}"

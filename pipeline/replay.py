@@ -1,0 +1,162 @@
+"""Replay: two recordings through the same stages as live, in step, dropping nothing, bit-identical run to run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engines.base import FusionEngine
+from pipeline.config import (
+    EngineConfig,
+    FolderSource,
+    GainConfig,
+    PriorsConfig,
+    PublishConfig,
+    RegistrationConfig,
+    StreamSource,
+    SyncConfig,
+)
+from pipeline.errors import SourceEnded, SourceError
+from pipeline.frame import Camera, Frame, FusedFrame
+from pipeline.fuse import Fuse
+from pipeline.gain import InfraredGain
+from pipeline.live import FrameLedger, describe_engine, engine_for
+from pipeline.publish import PublishContext, Publisher
+from pipeline.record import VideoFile
+from pipeline.recording import probe, refuse_unlikely
+from pipeline.register import Register
+from pipeline.sources.opening import open_source
+from pipeline.sync import Account, pair_recordings
+from pipeline.telemetry import Telemetry
+
+DEFAULT_RATE_HZ = 25.0  # of image folders, which have none of their own
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """What to replay and where the result goes."""
+
+    infrared: str
+    visible: str
+    calibration: str | None = None
+    rate_hz: float | None = None  # None: as fast as the machine can
+    output: str | None = None
+    publish: PublishConfig | None = None
+    rig: str = "replay"
+    engine: EngineConfig = EngineConfig()
+    priors: PriorsConfig = PriorsConfig()
+    gain: GainConfig = GainConfig()
+    sync: SyncConfig = SyncConfig()
+
+
+def replay(
+    config: ReplayConfig,
+    engine: FusionEngine | None = None,
+    on_start: Callable[[int], None] | None = None,
+    on_fused: Callable[[FusedFrame], None] | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
+    """Replays two recordings and returns the report.
+
+    Args:
+        config: inputs and outputs.
+        engine: serves instead of the one that the configuration asks for.
+        on_start: told how many visible frames there are, before the first one.
+        on_fused: called with every fused frame.
+        stopped: asked before every pair; True ends the replay early, and the output then holds what was fused so far.
+
+    Raises:
+        DspfusionError, EngineError, CalibrationError: bad input; nothing is left half-written.
+    """
+    infos = probe(config.infrared), probe(config.visible)
+    refuse_unlikely(*infos)
+    rate_hz = infos[1].rate_hz or infos[0].rate_hz or DEFAULT_RATE_HZ
+    telemetry, account = Telemetry(), Account()
+    with ExitStack() as stack:
+        video = VideoFile(config.output, rate_hz) if config.output else None
+        if video is not None:
+            stack.callback(video.discard)  # does nothing to a file that was closed in order
+        register = Register(RegistrationConfig(calibration=config.calibration), InfraredGain(config.gain))
+        publisher = Publisher(
+            config.publish or PublishConfig(endpoint=""),
+            config.rig,
+            lossless=True,
+            on_published=lambda *_: telemetry.published_frame(),
+        )
+        stack.callback(publisher.close)
+        engine = engine or engine_for(config.engine)
+        stack.callback(engine.close)
+        for line in engine.description.fallbacks:
+            telemetry.fallback(line)
+        fuse = Fuse(engine, config.priors, background=False)
+        ledger = FrameLedger(telemetry)
+        if on_start is not None:
+            on_start(infos[1].frames)
+        infrared = _frames(config.infrared, "infrared", rate_hz)
+        visible = _frames(config.visible, "visible", rate_hz)
+        started_ns = time.monotonic_ns()
+        for pair in pair_recordings(infrared, visible, config.sync, account):
+            if stopped():
+                break
+            if config.rate_hz:
+                _wait_until(started_ns + round(telemetry.pairs / config.rate_hz * 1e9))
+            telemetry.pair(pair.mode, pair.skew_ms)
+            before = time.perf_counter()
+            aligned = register(pair)
+            registered = time.perf_counter()
+            fused = fuse(aligned)
+            times = {"register": (registered - before) * 1e3, "fuse": (time.perf_counter() - registered) * 1e3}
+            fused = replace(fused, latency_ms=times)
+            for stage, milliseconds in times.items():
+                telemetry.stage(stage, milliseconds)
+            ledger.settle(pair, None)
+            telemetry.fused_frame(fused.mode, time.monotonic_ns())
+            if video is not None:
+                video.write(fused.image, pair.captured_ns)
+            publisher.publish(fused, PublishContext(engine.description, diffusion_steps=config.engine.diffusion_steps))
+            if on_fused is not None:
+                on_fused(fused)
+        if video is not None:
+            video.close()
+        publisher.close()
+        for camera, reasons in account.dropped.items():
+            for reason, count in reasons.items():
+                telemetry.drop("sync", f"{camera}_{reason}", count)
+                telemetry.frame_dropped(camera, "sync", reason, count)
+        return telemetry.report(
+            {"infrared": account.captured["infrared"], "visible": account.captured["visible"]},
+            engine=describe_engine(engine),
+            priors={"updates": fuse.keeper.updates, "steps": config.engine.diffusion_steps},
+            registration={"state": "calibrated" if register.calibrated else "uncalibrated"},
+        )
+
+
+def _frames(path: str, camera: Camera, rate_hz: float) -> Iterator[Frame]:
+    """All frames of a recording, from first to last."""
+    section = (
+        FolderSource(path=path, rate_hz=rate_hz, realtime=False)
+        if Path(path).is_dir()
+        else StreamSource(url=str(Path(path)), realtime=False)
+    )
+    source = open_source(section, camera)
+    source.open()
+    try:
+        while True:
+            try:
+                yield source.grab()
+            except SourceEnded:
+                return
+            except SourceError as error:
+                raise SourceError(f"{camera}: {error}") from None
+    finally:
+        source.close()
+
+
+def _wait_until(when_ns: int) -> None:
+    remaining_s = (when_ns - time.monotonic_ns()) / 1e9
+    if remaining_s > 0:
+        time.sleep(remaining_s)

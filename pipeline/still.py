@@ -1,0 +1,111 @@
+"""Fuses still pairs: two images, or two folders with equal names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from engines.base import FusionEngine
+from pipeline.config import GainConfig, PriorsConfig, RegistrationConfig
+from pipeline.errors import ConfigError, SourceError
+from pipeline.frame import Frame, FramePair
+from pipeline.fuse import Fuse
+from pipeline.gain import InfraredGain
+from pipeline.recording import images_in, is_colour
+from pipeline.register import Register
+
+
+def list_pairs(infrared: Path, visible: Path, output: Path) -> list[tuple[Path, Path, Path]]:
+    """(infrared, visible, output) paths of every pair; folders are matched by the names without suffix.
+
+    Raises:
+        SourceError: something is missing, or names have no partner.
+    """
+    for path in (infrared, visible):
+        if not path.exists():
+            raise SourceError(f"{path} does not exist: check the path")
+    if infrared.is_dir() != visible.is_dir():
+        raise SourceError("one input is a folder and the other a file: give two images or two folders")
+    if not infrared.is_dir():
+        target = output / f"{visible.stem}.png" if output.is_dir() else output
+        return [(infrared, visible, target)]
+    by_name = [{file.stem: file for file in images_in(folder)} for folder in (infrared, visible)]
+    unmatched = sorted(by_name[0].keys() ^ by_name[1].keys())
+    if unmatched:
+        raise SourceError(
+            f"{len(unmatched)} of the names have no partner (first: {unmatched[0]}): give two folders with equal names"
+        )
+    if not by_name[0]:
+        raise SourceError(f"{infrared} holds no images: give folders of PNG, JPEG, TIFF, BMP or WebP files")
+    return [(by_name[0][name], by_name[1][name], output / f"{name}.png") for name in sorted(by_name[0])]
+
+
+def read_pair(infrared: Path, visible: Path) -> FramePair:
+    """One pair of images; 16-bit infrared stays 16-bit.
+
+    Raises:
+        SourceError: unreadable, or swapped.
+    """
+    thermal = cv2.imread(str(infrared), cv2.IMREAD_UNCHANGED)
+    colour = cv2.imread(str(visible), cv2.IMREAD_COLOR_RGB)
+    for path, image in ((infrared, thermal), (visible, colour)):
+        if image is None:
+            raise SourceError(f"{path} cannot be read as an image: give a PNG, JPEG, TIFF, BMP or WebP file")
+    if thermal.ndim == 3:
+        if is_colour(thermal[..., :3]) and not is_colour(colour):
+            raise SourceError(
+                f"{infrared.name} is in colour and {visible.name} is grey: infrared and visible look swapped"
+            )
+        thermal = cv2.cvtColor(thermal[..., :3], cv2.COLOR_BGR2GRAY)
+    if thermal.dtype not in (np.uint8, np.uint16):
+        raise SourceError(f"{infrared.name} has {thermal.dtype} pixels: give an 8- or 16-bit image")
+    bits = 8 if thermal.dtype == np.uint8 else 16
+    return FramePair(
+        Frame("infrared", thermal, 0, 0, clock="file", bits=bits), Frame("visible", colour, 0, 0, clock="file"), "fused"
+    )
+
+
+def fuse_stills(
+    engine: FusionEngine,
+    pairs: list[tuple[Path, Path, Path]],
+    calibration: str | None = None,
+    on_done: Callable[[Path], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Fuses each pair by itself and writes a picture for each, whole or not at all. Returns one row a pair."""
+    rows = []
+    for infrared, visible, output in pairs:
+        if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"):
+            raise ConfigError(f"{output.name}: a picture ends in .png, .jpg, .tif, .bmp or .webp: choose one of them")
+        # Stills have no past: gain and priors start anew with each of them.
+        register = Register(RegistrationConfig(calibration=calibration), InfraredGain(GainConfig()))
+        fused = Fuse(engine, PriorsConfig(), background=False)(register(read_pair(infrared, visible)))
+        _write(output, fused.image)
+        rows.append(
+            {
+                "infrared": str(infrared),
+                "visible": str(visible),
+                "output": str(output),
+                "fuse_ms": round(fused.latency_ms["fuse"], 2),
+                "degradation": fused.degradation,
+            }
+        )
+        if on_done is not None:
+            on_done(output)
+    return rows
+
+
+def _write(path: Path, image: np.ndarray) -> None:
+    encoded, content = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+    part = path.with_name(path.name + ".part")
+    try:
+        if not encoded:
+            raise OSError(None, "the encoder refused")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content.tobytes())
+        part.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}: choose another place") from None
