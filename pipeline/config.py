@@ -188,7 +188,7 @@ def load_config(path: str | Path) -> RigConfig:
     try:
         config = RigConfig.model_validate(_substitute(values))
     except ValidationError as error:
-        raise ConfigError(f"{path.name}: {_first_problem(error)}") from None
+        raise ConfigError(f"{path.name}: {first_problem(error)}") from None
     return _anchor_paths(config, path.parent)
 
 
@@ -230,7 +230,7 @@ def _substitute(value: Any) -> Any:
     return re.sub(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}", look_up, value)
 
 
-def _first_problem(error: ValidationError) -> str:
+def first_problem(error: ValidationError) -> str:
     """One line for the first thing that is wrong, with the key's path; never repeats a value (it may be secret)."""
     problems = error.errors(include_input=False, include_url=False)
     # The discriminator's tag is part of pydantic's path but not of the file's.

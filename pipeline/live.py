@@ -17,9 +17,8 @@ from dataclasses import asdict, replace
 from threading import Condition, Event
 from typing import Any
 
-from engines.selection import create_engine
-
 from engines.base import FusionEngine
+from engines.selection import create_engine
 from pipeline.capture import Capture
 from pipeline.config import EngineConfig, RigConfig
 from pipeline.frame import AlignedPair, Camera, Frame, FramePair, FusedFrame

@@ -93,8 +93,8 @@ class VideoFile:
 class BackgroundVideo:
     """A video file written in a thread of its own, so that an encoder or a disk never holds the live flow up.
 
-    When the writer falls behind, the oldest waiting frame is dropped and counted. When it fails (a full disk), it stops,
-    keeps what was written, and says so in `failure`; fusion goes on.
+    When the writer falls behind, the oldest waiting frame is dropped and counted. When it fails (a full disk), it
+    stops, keeps what was written, and says so in `failure`; fusion goes on.
     """
 
     def __init__(self, path: str | Path, rate_hz: float) -> None:

@@ -17,8 +17,14 @@ def imports_of(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            for alias in node.names:
+                names.add(f"{node.module}.{alias.name}" if is_module(node.module, alias.name) else node.module)
     return names
+
+
+def is_module(package: str, name: str) -> bool:
+    inside = ROOT.joinpath(*package.split("."), name)
+    return inside.is_dir() or inside.with_suffix(".py").is_file()
 
 
 def files_of(package: str) -> list[Path]:

@@ -1,0 +1,412 @@
+"""The command line. Each command imports what it needs when it is called, so that `view` starts without torch."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pipeline.errors import ConfigError, DspfusionError
+from pipeline.redaction import redact
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Real-time fusion of infrared and visible video, published over ZeroMQ.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Check a rig's configuration, or print what it may contain.")
+app.add_typer(config_app, name="config")
+console = Console(stderr=True)
+
+Report = Annotated[
+    str | None, typer.Option("--report", help="Write the report as JSON to this file; - is the terminal.")
+]
+AsJson = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to this file; - is the terminal.")]
+Variant = Annotated[str, typer.Option(help="Size of the network: nano or base.")]
+EngineName = Annotated[str, typer.Option("--engine", help="auto, openvino, pytorch, tensorrt or compile.")]
+Calibration = Annotated[
+    str | None, typer.Option(help="A dspfusion-calibration/1 file; without it, the input is taken as registered.")
+]
+
+
+def main() -> None:
+    """Runs the command line: a user's mistake is one line and exit status 2, never a traceback."""
+    from pipeline.redaction import RedactingFilter
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(RedactingFilter())
+    try:
+        app()
+    except Exception as error:
+        if not is_users_mistake(error):
+            raise
+        line = " ".join(redact(str(error)).split())
+        print(f"dspfusion: error: {line}", file=sys.stderr)
+        sys.exit(2)
+
+
+def is_users_mistake(error: Exception) -> bool:
+    """Whether the text of an error is meant for the user. Looks types up by name: importing them may need torch."""
+    names = {"EngineError", "CalibrationError", "ClientError", "ViewerError", "MessageError"}
+    return isinstance(error, DspfusionError) or any(kind.__name__ in names for kind in type(error).__mro__)
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="The rig's YAML file.")],
+    duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
+    report: Report = None,
+) -> None:
+    """Run a live rig until Ctrl-C."""
+    from pipeline.config import load_config
+
+    run_rig(load_config(config), duration, report)
+
+
+def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str, Any]:
+    """Runs a rig with its viewer, shows how it goes, and writes the report."""
+    from pipeline.live import LivePipeline
+    from pipeline.telemetry import write_report
+
+    pipeline = LivePipeline(config)
+    with stopping_on_signals(pipeline.stop), viewer_of(config, pipeline.endpoint) as address:
+        console.print(f"rig [bold]{config.rig}[/]: fused frames at {pipeline.endpoint or 'no endpoint'}")
+        if address:
+            console.print(f"viewer: [bold cyan]{address}[/]")
+        result = pipeline.run(duration)
+    summarize(result)
+    for target in (report, config.output.report):
+        if target:
+            write_report(result, target)
+    return result
+
+
+@contextmanager
+def viewer_of(config: Any, endpoint: str) -> Iterator[str | None]:
+    """The viewer that a configuration asks for, as its address."""
+    if not (config.viewer.enabled and endpoint):
+        yield None
+        return
+    from pipeline.viewer.server import Viewer
+
+    with Viewer(endpoint, config.viewer.host, config.viewer.port, rig=config.rig) as viewer:
+        yield viewer.url
+
+
+@contextmanager
+def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM ask for an orderly end; a second one is immediate."""
+
+    def handle(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        stop()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def summarize(result: dict[str, Any]) -> None:
+    """Prints the outline of a report for people."""
+    modes = ", ".join(f"{count} {mode}" for mode, count in result["modes"].items() if count)
+    engine = result["engine"]
+    console.print(f"fused {result['fused']} frames ({modes or 'none'}), {result['fps']} frames a second")
+    latency = result["latency_ms"].get("capture_to_publish")
+    if latency:
+        console.print("capture to publish: " + ", ".join(f"{name} {value:.0f} ms" for name, value in latency.items()))
+    dropped = [f"{n} {stage}/{why}" for stage, reasons in result["dropped"].items() for why, n in reasons.items() if n]
+    console.print(f"dropped: {', '.join(dropped) or 'nothing'}")
+    console.print(f"engine: {engine['variant']} on {engine['runtime']} in {engine['precision']} ({engine['why']})")
+    for line in result["fallbacks"]:
+        console.print(f"[yellow]fallback:[/] {redact(line)}", highlight=False)
+
+
+@app.command()
+def replay(
+    infrared: Annotated[str, typer.Argument(metavar="IR", help="Infrared video file or image folder.")],
+    visible: Annotated[str, typer.Argument(metavar="VIS", help="Visible video file or image folder.")],
+    calibration: Calibration = None,
+    rate: Annotated[str, typer.Option(help="Frames a second, or max.")] = "max",
+    output: Annotated[str | None, typer.Option(help="Write the fused video here (.mp4 or .mkv).")] = None,
+    publish: Annotated[str | None, typer.Option(help="Publish at this endpoint, such as tcp://127.0.0.1:5560.")] = None,
+    variant: Variant = "nano",
+    engine: EngineName = "auto",
+    report: Report = None,
+) -> None:
+    """Fuse recordings: nothing is dropped, and equal input gives equal output."""
+    from pipeline.config import PublishConfig
+    from pipeline.replay import ReplayConfig
+    from pipeline.replay import replay as replay_recordings
+    from pipeline.telemetry import write_report
+
+    config = ReplayConfig(
+        infrared=infrared,
+        visible=visible,
+        calibration=calibration,
+        rate_hz=rate_of(rate),
+        output=output,
+        publish=PublishConfig(endpoint=publish) if publish else None,
+        engine=engine_config(engine, variant),
+    )
+    stopping: list[bool] = []
+    with stopping_on_signals(lambda: stopping.append(True)), progress("replay") as (start, advance):
+        result = replay_recordings(config, on_start=start, on_fused=lambda _: advance(), stopped=lambda: bool(stopping))
+    summarize(result)
+    if report:
+        write_report(result, report)
+
+
+def rate_of(text: str) -> float | None:
+    """Frames a second as given on the command line; None for "max"."""
+    if text == "max":
+        return None
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = 0.0
+    if not 0 < rate <= 1000:
+        raise ConfigError(f"--rate {text}: give frames a second (0 to 1000), or max")
+    return rate
+
+
+def engine_config(runtime: str, variant: str) -> Any:
+    """The engine section for two command-line options."""
+    from pydantic import ValidationError
+
+    from pipeline.config import EngineConfig, first_problem
+
+    try:
+        return EngineConfig.model_validate({"runtime": runtime, "variant": variant})
+    except ValidationError as error:
+        raise ConfigError(f"--{first_problem(error).replace('runtime', 'engine', 1)}") from None
+
+
+@contextmanager
+def progress(name: str) -> Iterator[tuple[Callable[[int], None], Callable[[], None]]]:
+    """A bar for long work: (start with the total, advance by one). Shown on terminals only."""
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda total: bar.update(task, total=total), lambda: bar.advance(task)
+
+
+@app.command()
+def fuse(
+    infrared: Annotated[Path, typer.Argument(metavar="IR", help="Infrared image, or folder of images.")],
+    visible: Annotated[Path, typer.Argument(metavar="VIS", help="Visible image, or folder with equal names.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Fused image, or folder.")],
+    variant: Variant = "nano",
+    engine: EngineName = "auto",
+    calibration: Calibration = None,
+    as_json: AsJson = None,
+) -> None:
+    """Fuse still pairs."""
+    from pipeline.live import describe_engine, engine_for
+    from pipeline.still import fuse_stills, list_pairs
+    from pipeline.telemetry import write_report
+
+    pairs = list_pairs(infrared, visible, output)
+    serving = engine_for(engine_config(engine, variant))
+    try:
+        with progress("fuse") as (start, advance):
+            start(len(pairs))
+            rows = fuse_stills(serving, pairs, calibration, on_done=lambda _: advance())
+        console.print(f"fused {len(rows)} pair{'s' if len(rows) != 1 else ''} into {output}")
+        if as_json:
+            write_report({"rows": rows, "engine": describe_engine(serving)}, as_json)
+    finally:
+        serving.close()
+
+
+@app.command()
+def demo(
+    duration: Annotated[float, typer.Option(help="Seconds to run.")] = 20.0,
+    scene: Annotated[str, typer.Option(help="day, night, fog, rain or headlights.")] = "night",
+    output: Annotated[Path, typer.Option(help="Folder for the video, the report and the calibration.")] = Path(
+        "output"
+    ),
+) -> None:
+    """Show the whole product with two simulated cameras: no camera, no GPU."""
+    from pipeline.demo import demo_config
+
+    config = demo_config(output, scene)
+    run_rig(config, duration, None)
+    console.print(f"fused video: {config.output.video}\nreport: {config.output.report}")
+
+
+@app.command()
+def subscribe(
+    endpoint: Annotated[str, typer.Argument(help="Such as tcp://127.0.0.1:5560.")],
+    count: Annotated[int | None, typer.Option(help="End after so many messages.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Save every picture in this folder.")] = None,
+    stream: Annotated[str, typer.Option(help="fused, ir, vis, health or event.")] = "fused",
+    codec: Annotated[str, typer.Option(help="raw or jpeg (msg for health and event).")] = "raw",
+    rig: Annotated[str | None, typer.Option(help="Only this rig.")] = None,
+    duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
+    server_key: Annotated[Path | None, typer.Option(help="Public key of an encrypted publisher.")] = None,
+    secret_key: Annotated[Path | None, typer.Option(help="This client's secret key.")] = None,
+    as_json: AsJson = None,
+) -> None:
+    """Print one line per message, and how old it was."""
+    from pipeline.client import subscribe as subscribe_to
+    from pipeline.telemetry import write_report
+
+    summary = subscribe_to(
+        endpoint,
+        count,
+        save,
+        rig=rig,
+        stream=stream,
+        codec="msg" if stream in ("health", "event") else codec,
+        server_key=server_key,
+        secret_key=secret_key,
+        duration_s=duration,
+        echo=None if as_json == "-" else print,
+    )
+    if as_json:
+        write_report(summary, as_json)
+
+
+@app.command()
+def view(
+    endpoint: Annotated[str, typer.Argument(help="Such as tcp://127.0.0.1:5560.")] = "tcp://127.0.0.1:5560",
+    host: Annotated[str, typer.Option(help="Address to serve the page on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the page; 0 takes a free one.")] = 8870,
+    rig: Annotated[str | None, typer.Option(help="Show this rig; otherwise the first one heard.")] = None,
+    server_key: Annotated[Path | None, typer.Option(help="Public key of an encrypted publisher.")] = None,
+    secret_key: Annotated[Path | None, typer.Option(help="This client's secret key.")] = None,
+) -> None:
+    """Serve a page that shows infrared, visible and fused side by side, live."""
+    from pipeline.viewer.server import run as run_viewer
+
+    run_viewer(
+        endpoint,
+        host,
+        port,
+        rig=rig,
+        server_key=server_key,
+        secret_key=secret_key,
+        on_ready=lambda address: console.print(f"viewer: [bold cyan]{address}[/]  (Ctrl-C ends it)"),
+    )
+
+
+@app.command()
+def doctor(as_json: AsJson = None) -> None:
+    """Check this machine: versions, engines, weights, codecs. Exit status 1 if something needed is missing."""
+    from pipeline.doctor import examine
+    from pipeline.telemetry import write_report
+
+    findings = examine()
+    if as_json:
+        write_report({"findings": [finding._asdict() for finding in findings]}, as_json)
+    else:
+        for finding in findings:
+            mark = {"ok": "[green]ok  [/]", "note": "[yellow]note[/]", "bad": "[red]BAD [/]"}[finding.state]
+            console.print(f"{mark} {finding.what:<18} {finding.found}", highlight=False)
+    raise typer.Exit(1 if any(finding.state == "bad" for finding in findings) else 0)
+
+
+@app.command()
+def bench(
+    engine: Annotated[list[str] | None, typer.Option("--engine", help="Engines to compare; repeat the option.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT; repeat the option.")] = None,
+    variant: Variant = "nano",
+    frames: Annotated[int, typer.Option(help="Timed frames an engine and size.")] = 60,
+    as_json: AsJson = None,
+) -> None:
+    """Time the network on this machine's engines."""
+    from engines.bench import bench as time_engines
+    from pipeline.telemetry import write_report
+
+    sizes = [size_of(text) for text in size or ["640x480"]]
+    rows = time_engines(engine or ["openvino", "pytorch"], sizes, variant=variant, frames=frames)
+    if as_json:
+        write_report({"rows": rows}, as_json)
+    else:
+        for row in rows:
+            console.print(
+                f"{row['engine']:<9} {row['precision']:<5} {row['variant']} {row['width']}x{row['height']}: "
+                f"{row['median_ms']:.1f} ms median, {row['p99_ms']:.1f} p99, {row['cpu_ms']:.1f} ms of CPU"
+            )
+
+
+def size_of(text: str) -> tuple[int, int]:
+    """(width, height) of a text such as 640x480."""
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise ConfigError(f"--size {text}: give WIDTHxHEIGHT, such as 640x480")
+    return int(width), int(height)
+
+
+@app.command()
+def evaluate(
+    data: Annotated[Path, typer.Argument(help="Folder of the evaluation pairs (with eval/index.csv).")],
+    variant: Variant = "nano",
+    engine: EngineName = "auto",
+    as_json: AsJson = None,
+) -> None:
+    """Score the network on real pairs, clean and degraded, against the clean sources."""
+    from engines.evaluation.evaluate import evaluate_public_pairs
+    from pipeline.live import engine_for
+    from pipeline.telemetry import write_report
+
+    serving = engine_for(engine_config(engine, variant))
+    try:
+        result = evaluate_public_pairs(serving, data)
+    finally:
+        serving.close()
+    write_report(result, as_json or "-")
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A training configuration, such as configs/train_nano.yaml.")],
+    minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes, with a checkpoint.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Train the network; Stage I, then Stage II."""
+    from engines.training.train import read_config
+    from engines.training.train import train as train_network
+
+    settings = read_config(config)
+    if minutes is not None:
+        settings = settings.model_copy(update={"minutes": minutes})
+    weights = train_network(settings, resume=resume)
+    console.print(f"weights: {weights}")
+
+
+@config_app.command("check")
+def config_check(config: Annotated[Path, typer.Argument(help="The rig's YAML file.")]) -> None:
+    """Check a configuration without starting anything."""
+    from pipeline.config import load_config
+
+    checked = load_config(config)
+    console.print(
+        f"{config}: rig '{checked.rig}' is valid ({checked.infrared.kind} and {checked.visible.kind} sources)"
+    )
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of a rig's configuration."""
+    from pipeline.config import RigConfig
+
+    print(json.dumps(RigConfig.model_json_schema(), indent=2))
+
+
+if __name__ == "__main__":
+    main()

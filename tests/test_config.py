@@ -1,0 +1,77 @@
+"""A configuration is checked whole before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import RigConfig, StreamSource, load_config
+from pipeline.errors import ConfigError
+
+EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
+SYNTHETIC = "infrared: {kind: synthetic}\nvisible: {kind: synthetic}\n"
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "rig.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", ["demo", "rtsp_rig", "replay", "perception"])
+def test_every_example_is_valid(name: str, monkeypatch: pytest.MonkeyPatch):
+    for variable in ("IR_CAMERA_USER", "IR_CAMERA_PASSWORD", "VIS_CAMERA_USER", "VIS_CAMERA_PASSWORD"):
+        monkeypatch.setenv(variable, "x")
+    path = next(path for path in EXAMPLES if path.stem == name)
+    assert isinstance(load_config(path), RigConfig)
+
+
+def test_an_unknown_key_is_refused_with_its_path(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"sync\.max_skew: unknown key"):
+        load_config(written(tmp_path, SYNTHETIC + "sync: {max_skew: 3}\n"))
+
+
+def test_an_impossible_value_is_refused_with_its_path(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"infrared\.rate_hz"):
+        load_config(written(tmp_path, "infrared: {kind: synthetic, rate_hz: -1}\nvisible: {kind: synthetic}\n"))
+
+
+def test_a_secret_comes_from_the_environment_and_its_absence_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = written(
+        tmp_path, 'infrared: {kind: stream, url: "rtsp://u:${env:SECRET}@h/ir"}\nvisible: {kind: synthetic}\n'
+    )
+    monkeypatch.setenv("SECRET", "pass")
+    source = load_config(path).infrared
+    assert isinstance(source, StreamSource)
+    assert source.url == "rtsp://u:pass@h/ir"
+    monkeypatch.delenv("SECRET")
+    with pytest.raises(ConfigError, match="environment variable SECRET"):
+        load_config(path)
+
+
+def test_an_error_never_repeats_a_value(tmp_path: Path):
+    text = 'infrared: {kind: stream, url: "rtsp://u:canary@h/ir", transport: canary}\nvisible: {kind: synthetic}\n'
+    with pytest.raises(ConfigError) as raised:
+        load_config(written(tmp_path, text))
+    assert "canary" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [("- a\n- b\n", "expected keys"), ("a: [1,\n", "not valid YAML"), ("rig: 'No Capitals'\n" + SYNTHETIC, "rig:")],
+)
+def test_what_is_no_configuration_gets_one_line(tmp_path: Path, content: str, complaint: str):
+    with pytest.raises(ConfigError, match=complaint) as raised:
+        load_config(written(tmp_path, content))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(ConfigError, match="cannot read"):
+        load_config(tmp_path / "absent.yaml")
+
+
+def test_relative_paths_are_taken_from_the_files_own_folder(tmp_path: Path):
+    config = load_config(written(tmp_path, "infrared: {kind: folder, path: ir}\nvisible: {kind: folder, path: vis}\n"))
+    assert config.infrared.path == str(tmp_path / "ir")  # type: ignore[union-attr]
