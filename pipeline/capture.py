@@ -17,14 +17,15 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from threading import Event, Lock, Thread
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pipeline.config import CaptureConfig
 from pipeline.errors import SourceEnded, SourceError
-from pipeline.frame import Camera, Frame
+from pipeline.frame import Frame
 from pipeline.handover import HandoverClosed
 from pipeline.redaction import redact
 from pipeline.shutter import Repeats
+from pipeline.sources.base import Source
 
 log = logging.getLogger("dspfusion.capture")
 
@@ -35,31 +36,12 @@ FIRST_FRAME_S = 15.0  # after opening; a stream may have to wait for its first k
 STABLE_S = 2.0  # a connection that held this long starts the backoff from the beginning
 
 
-class Source(Protocol):
-    """What capture needs of a camera or a recording.
-
-    `close` may come from another thread while `open` or `grab` blocks, and more than once: it must then make the
-    blocked call fail soon, and never crash.
-    """
-
-    camera: Camera
-    live: bool  # a camera, worth calling back; False: a recording, whose failure is final
-
-    @property
-    def period_ns(self) -> int: ...  # nominal time between two frames; 0: unknown
-
-    def open(self) -> None: ...
-
-    def grab(self) -> Frame: ...
-
-    def close(self) -> None: ...
-
-
 class Capture:
     """Reads one source in a thread of its own and puts every frame into `sink`.
 
     Args:
-        source: opened, grabbed and closed by this class only.
+        source: opened, grabbed and closed by this class only. Its `close` is called from another thread when `grab` has
+            blocked for too long.
         sink: takes a frame and returns how many older ones it pushed out (`Latest.put`, or the blocking `Queue.put`
             for recordings). It ends the capture by raising HandoverClosed.
         config: patience and backoff.

@@ -36,6 +36,7 @@ from pipeline.shutter import Repeats
 FRESH_PERIODS = 1.5  # an infrared frame older than this many infrared periods is never "fused"
 SETTLE_FRAMES = 5  # regular frames after an absence before a camera counts again...
 SETTLE_NS = 250_000_000  # ...or as many as come in this time, for slow cameras
+LONE_FRAMES = 4  # after so many frames that each came alone, the camera's rate is measured anew
 NEW_TIMELINE_FRAMES = 3  # so many frames in a row that run backwards are a clock that was set, not stragglers
 REUSE_PENALTY_PERIODS = 0.05  # prefer a fresh frame to a used one that is nearer by less than this
 MAX_PENDING = 32  # frames of one camera
@@ -87,8 +88,13 @@ class _Rhythm:
         self.period_ns: int | None = None
         self.jitter_ns = 0
 
-    def add(self, captured_ns: int) -> None:
-        if self.newest_ns is not None:
+    def forget(self) -> None:
+        self._intervals.clear()
+        self.period_ns = None
+
+    def add(self, captured_ns: int, regular: bool = True) -> None:
+        """Notes a capture; an interval that is not `regular` counts only when none is known."""
+        if self.newest_ns is not None and (regular or self.period_ns is None):
             self._intervals.append(captured_ns - self.newest_ns)
             self.period_ns = round(median(self._intervals))
             deviation = median(abs(interval - self.period_ns) for interval in self._intervals)
@@ -102,24 +108,34 @@ class _Presence:
     def __init__(self) -> None:
         self.absent = False
         self.last_came_ns: int | None = None  # watched time
+        self.began_anew = False  # the last frame came after a silence: its interval is no period
         self._settling_since_ns = 0
         self._regular = 0
+        self._lone = 0
+
+    @property
+    def slower_than_thought(self) -> bool:
+        """Each of the last frames came alone: this is no broken camera, but one that has changed its rate."""
+        return self._lone >= LONE_FRAMES
 
     def came(self, now_ns: int, period_ns: int | None, other_paces: bool) -> bool:
         """Notes an arrival; returns whether the frame may be used, False while the camera settles."""
         silent_ns = now_ns - (self.last_came_ns if self.last_came_ns is not None else now_ns)
         self.last_came_ns = now_ns
+        self.began_anew = False
         if not self.absent:
             return True
         if not other_paces:  # there is nothing else to show
             self.absent = False
             return True
         if self._regular == 0 or silent_ns > max(SETTLE_NS, 2 * (period_ns or 0)):
+            self.began_anew = True
+            self._lone = self._lone + 1 if self._regular <= 1 else 0
             self._regular, self._settling_since_ns = 0, now_ns
         self._regular += 1
         long_enough = self._regular >= 2 and now_ns - self._settling_since_ns >= SETTLE_NS
         if self._regular > SETTLE_FRAMES or long_enough:
-            self.absent = False
+            self.absent, self._lone = False, 0
         return not self.absent
 
     def leave(self) -> None:
@@ -181,7 +197,7 @@ class Sync:
         if not self._in_order(frame):
             self.account.drop(camera, "out_of_order")
             return
-        self._rhythm[camera].add(frame.captured_ns)
+        self._learn_rhythm(camera, frame.captured_ns)
         if camera == "infrared" and self._repeats.add(frame.image):
             self.account.drop(camera, "repeat")
         elif not settled:
@@ -227,6 +243,12 @@ class Sync:
             pairs.extend(self._infrared_alone(now_ns))
         self._forget_infrared(len(self._pending["infrared"]), "unpaired")
         return pairs
+
+    def _learn_rhythm(self, camera: Camera, captured_ns: int) -> None:
+        rhythm, presence = self._rhythm[camera], self._presence[camera]
+        if presence.slower_than_thought:
+            rhythm.forget()
+        rhythm.add(captured_ns, regular=not presence.began_anew)
 
     def _watch(self, now_ns: int) -> None:
         if self._now_ns is None:
@@ -293,8 +315,10 @@ class Sync:
         """
         period_ns = self._rhythm[camera].period_ns
         if camera == "visible":
-            patience_ns = min(max(round(2.5 * (period_ns or 0)), 120_000_000), 220_000_000)
-            return max(patience_ns, round(1.5 * (period_ns or 0)))
+            if period_ns is None:
+                return 220_000_000
+            patience_ns = min(max(round(2.5 * period_ns), 120_000_000), 220_000_000)
+            return max(patience_ns, round(1.5 * period_ns))
         return max(round(3.5 * (period_ns or 0)), 250_000_000)
 
     def _cost(self, candidate: _Candidate, captured_ns: int) -> float:

@@ -1,0 +1,386 @@
+"""Capture: a camera that blocks, fails or ends is noticed, called back and let go. Real threads, simulated cameras."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from pipeline.capture import Capture
+from pipeline.config import CaptureConfig
+from pipeline.errors import SourceEnded, SourceError
+from pipeline.frame import Camera, Frame
+from pipeline.handover import HandoverClosed, Latest, Queue
+
+QUICK = CaptureConfig(stall_ms=60, backoff_s=0.002, max_backoff_s=0.004)
+CANARY = "rtsp://admin:canary-7391@10.0.0.5/main"
+
+
+def picture(camera: Camera, content: int) -> np.ndarray:
+    return np.full((16, 16) if camera == "infrared" else (16, 16, 3), content % 251, np.uint8)
+
+
+class FakeCamera:
+    """A source that follows a script: what each call of `open` and `grab` does."""
+
+    def __init__(self, camera: Camera = "visible", live: bool = True, period_s: float = 0.002) -> None:
+        self.camera: Camera = camera
+        self.live = live
+        self.period_ns: int | None = round(period_s * 1e9)
+        self.opened = self.closed = self.index = 0
+        self.on_open: Callable[[], None] = lambda: None
+        self.on_grab: Callable[[], None] = lambda: None
+        self.content: Callable[[int], int] = lambda index: index
+        self.unblock = threading.Event()
+        self.close_unblocks = True
+
+    def open(self) -> None:
+        self.opened += 1
+        self.unblock.clear()
+        self.on_open()
+
+    def grab(self) -> Frame:
+        time.sleep((self.period_ns or 0) / 1e9)
+        self.on_grab()
+        index, self.index = self.index, self.index + 1
+        return Frame(self.camera, picture(self.camera, self.content(index)), time.monotonic_ns(), index)
+
+    def close(self) -> None:
+        self.closed += 1
+        if self.close_unblocks:
+            self.unblock.set()
+
+    def block(self) -> None:
+        """A driver that hangs until it is closed."""
+        self.unblock.wait(20)
+        raise SourceError("the device was closed")
+
+
+@pytest.fixture
+def run():
+    """Starts captures, and stops them when the test is over."""
+    captures: list[Capture] = []
+    sources: list[FakeCamera] = []
+
+    def start(source: FakeCamera, sink=lambda frame: 0, config: CaptureConfig = QUICK) -> Capture:
+        captures.append(Capture(source, sink, config))
+        sources.append(source)
+        return captures[-1].start()
+
+    yield start
+    for source in sources:
+        source.unblock.set()
+    for capture in captures:
+        assert capture.stop()
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.002)
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+# Hand-over
+
+
+def test_latest_keeps_the_newest_and_counts_what_it_pushed_out():
+    slot: Latest[int] = Latest()
+    assert [slot.put(number) for number in (1, 2, 3)] == [0, 1, 1]
+    assert slot.take(0) == 3
+    assert slot.dropped == 2
+
+
+def test_latest_with_several_slots_keeps_the_order():
+    slots: Latest[int] = Latest(2)
+    for number in (1, 2, 3):
+        slots.put(number)
+    assert [slots.take(0), slots.take(0)] == [2, 3]
+
+
+@pytest.mark.parametrize("handover", [Latest, Queue])
+def test_taking_from_an_empty_hand_over_gives_up_in_time(handover):
+    with pytest.raises(TimeoutError):
+        handover().take(0.01)
+
+
+def test_a_queue_waits_for_a_free_slot_and_drops_nothing():
+    queue: Queue[int] = Queue(2)
+    producer = threading.Thread(target=lambda: [queue.put(number) for number in range(100)], daemon=True)
+    producer.start()
+    assert [queue.take(5) for _ in range(100)] == list(range(100))
+    producer.join(5)
+    assert queue.dropped == 0
+
+
+def test_a_full_queue_gives_up_in_time():
+    queue: Queue[int] = Queue(1)
+    queue.put(1)
+    with pytest.raises(TimeoutError):
+        queue.put(2, timeout_s=0.01)
+
+
+@pytest.mark.parametrize("handover", [Latest, Queue])
+def test_a_closed_hand_over_gives_out_what_it_has_and_then_says_so(handover):
+    items = handover()
+    items.put(1)
+    items.close()
+    assert items.take(1) == 1
+    with pytest.raises(HandoverClosed):
+        items.take(1)
+    with pytest.raises(HandoverClosed):
+        items.put(2)
+
+
+def test_closing_wakes_whoever_waits():
+    queue: Queue[int] = Queue(1)
+    errors: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            queue.take(10)
+        except HandoverClosed as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    queue.close()
+    thread.join(2)
+    assert len(errors) == 1
+
+
+# A camera that works
+
+
+def test_hands_every_frame_on_in_order(run):
+    frames: list[Frame] = []
+    capture = run(FakeCamera(), lambda frame: frames.append(frame))
+    until(lambda: len(frames) >= 20)
+    assert capture.state == "live"
+    capture.stop()
+    assert [frame.index for frame in frames] == list(range(len(frames)))
+    assert capture.captured == len(frames) + capture.dropped.total()
+
+
+def test_counts_what_a_slow_consumer_never_saw(run):
+    slot: Latest[Frame] = Latest()
+    capture = run(FakeCamera(), slot.put)
+    until(lambda: capture.captured >= 20)
+    capture.stop()
+    assert capture.dropped["handover"] == slot.dropped
+    assert capture.captured == len(slot) + capture.dropped.total()
+
+
+def test_counts_frames_that_the_driver_lost(run):
+    source = FakeCamera()
+
+    def lose_two() -> None:
+        if source.index == 5:
+            source.index += 2
+
+    source.on_grab = lose_two
+    capture = run(source)
+    until(lambda: capture.captured >= 10)
+    assert capture.missed == 2
+
+
+def test_a_slow_consumer_is_no_stall(run):
+    capture = run(FakeCamera(), lambda frame: time.sleep(0.2))
+    time.sleep(0.15)
+    assert capture.state == "live"
+
+
+def test_a_closed_shutter_is_a_state_of_its_own(run):
+    source = FakeCamera("infrared", period_s=0.005)
+    source.content = lambda index: min(index, 3) if index < 60 else index
+    capture = run(source)
+    until(lambda: capture.state == "shutter")
+    until(lambda: capture.state == "live")
+
+
+# A camera that blocks
+
+
+def test_a_stall_is_seen_while_the_grab_still_blocks(run):
+    source = FakeCamera(period_s=0.01)
+    source.on_grab = lambda: source.block() if source.index == 5 else None
+    capture = run(source)
+    until(lambda: capture.captured == 5)
+    blocked_s = time.monotonic()
+    until(lambda: capture.state == "stalled")
+    assert time.monotonic() - blocked_s <= 0.06 + 0.25  # and some for a busy machine
+    until(lambda: capture.stalls == 1)
+
+
+def test_a_slow_camera_is_granted_three_periods():
+    source = FakeCamera(period_s=0.111)
+    assert Capture(source, lambda frame: 0, CaptureConfig(stall_ms=250)).stall_limit_ns == 333_000_000
+    source.period_ns = None
+    assert Capture(source, lambda frame: 0, CaptureConfig(stall_ms=250)).stall_limit_ns == 250_000_000
+
+
+def test_a_connection_that_stays_silent_is_closed_from_outside_and_renewed(run, monkeypatch):
+    monkeypatch.setattr("pipeline.capture.RECYCLE_S", 0.15)
+    source = FakeCamera()
+    source.on_grab = lambda: source.block() if source.opened == 1 and source.index == 5 else None
+    capture = run(source)
+    until(lambda: capture.captured >= 10)
+    assert source.opened == 2
+    assert capture.reconnects == 1
+    assert capture.state == "live"
+
+
+@pytest.mark.parametrize("close_unblocks", [True, False])
+def test_stopping_takes_less_than_a_second_even_when_the_driver_hangs(close_unblocks):
+    source = FakeCamera()
+    source.close_unblocks = close_unblocks
+    source.on_grab = source.block
+    capture = Capture(source, lambda frame: 0, QUICK).start()
+    until(lambda: source.opened == 1)
+    started = time.monotonic()
+    ended = capture.stop()
+    assert time.monotonic() - started <= 1.2  # one second, and some for a busy machine
+    assert ended == close_unblocks
+    assert source.closed >= 1
+    source.unblock.set()
+    assert capture.join(2)
+
+
+def test_stopping_interrupts_a_hanging_close_and_a_long_backoff():
+    source = FakeCamera()
+    source.on_open = lambda: raise_(SourceError("nobody there"))
+    capture = Capture(source, lambda frame: 0, CaptureConfig(backoff_s=30, max_backoff_s=60)).start()
+    until(lambda: capture.failures == 2)
+    assert capture.state == "backoff"
+    started = time.monotonic()
+    assert capture.stop()
+    assert time.monotonic() - started < 1
+
+
+def test_a_frame_that_comes_after_the_stop_is_not_handed_on():
+    source, frames = FakeCamera(), []
+    source.close_unblocks = False
+    source.on_grab = lambda: source.unblock.wait(20) and None
+    capture = Capture(source, frames.append, QUICK).start()
+    until(lambda: source.opened == 1)
+    capture.stop(timeout_s=0.1)
+    source.unblock.set()
+    assert capture.join(2)
+    assert frames == []
+    assert capture.captured == capture.dropped["stopping"]
+
+
+# A camera that fails
+
+
+def test_a_lost_camera_is_called_back(run):
+    source = FakeCamera()
+    source.on_grab = lambda: raise_(SourceError("connection reset")) if source.index == 10 * source.opened else None
+    capture = run(source)
+    until(lambda: capture.reconnects >= 5)
+    assert capture.captured >= 50
+
+
+def test_a_connection_that_was_cut_is_called_back_within_100_ms(run):
+    source = FakeCamera()
+    calls: list[float] = []
+    source.on_open = lambda: calls.append(time.monotonic())
+    source.on_grab = lambda: raise_(SourceError("cut")) if source.opened == 1 and source.index == 3 else None
+    capture = run(source, config=CaptureConfig())
+    until(lambda: capture.reconnects == 1)
+    assert calls[1] - calls[0] <= 0.1 + 0.25  # and some for a busy machine
+
+
+def test_the_waits_double_up_to_the_cap_with_a_random_part():
+    capture = Capture(FakeCamera(), lambda frame: 0, CaptureConfig(backoff_s=0.2, max_backoff_s=10))
+    longest = {}
+    for failures in (1, 2, 3, 4, 5, 6, 7, 100):
+        capture._failures_in_a_row = failures
+        waits = [capture._backoff_s() for _ in range(300)]
+        longest[failures] = max(waits)
+        assert min(waits) >= 0.49 * longest[failures]
+        assert min(waits) < 0.7 * longest[failures]
+    assert longest[1] <= 0.1
+    for failures, cap_s in ((2, 0.4), (3, 0.8), (4, 1.6), (5, 3.2), (6, 6.4), (7, 10), (100, 10)):
+        assert 0.9 * cap_s <= longest[failures] <= cap_s
+
+
+def test_a_driver_that_raises_anything_does_not_end_the_capture(run):
+    source = FakeCamera()
+    errors = itertools.cycle([OSError("gone"), RuntimeError("driver bug"), MemoryError(), ValueError("bad frame")])
+    source.on_grab = lambda: raise_(next(errors)) if source.index % 5 == 4 and source.opened < 6 else None
+    source.on_open = lambda: setattr(source, "index", source.index + 1)
+    capture = run(source)
+    until(lambda: capture.captured >= 30)
+    assert capture.failures == 5
+
+
+def test_200_reconnects_leak_no_thread(run):
+    source = FakeCamera(period_s=0)
+    source.on_open = lambda: raise_(SourceError("refused")) if source.opened % 2 else None
+    source.on_grab = lambda: raise_(SourceError("cut")) if source.index % 3 == 2 else None
+    source.content = lambda index: setattr(source, "index", index + 1) or index
+    before = threading.active_count()
+    capture = run(source)
+    until(lambda: capture.failures >= 200, timeout_s=15)
+    assert threading.active_count() <= before + 2
+    capture.stop()
+    assert threading.active_count() <= before
+    assert source.closed >= 100
+
+
+def test_an_outage_is_logged_once_and_without_the_password(run, caplog):
+    caplog.set_level(logging.DEBUG)
+    source = FakeCamera()
+    source.on_open = lambda: raise_(SourceError(f"cannot open {CANARY}: refused")) if 1 < source.opened < 30 else None
+    source.on_grab = lambda: (
+        raise_(RuntimeError(f"lost {CANARY}")) if source.opened == 1 and source.index == 3 else None
+    )
+    capture = run(source)
+    until(lambda: capture.reconnects == 1)
+    lines = [record.getMessage() for record in caplog.records if record.name == "dspfusion.capture"]
+    assert len([line for line in lines if "lost" in line]) == 1
+    assert len([line for line in lines if "back" in line and "calling" not in line]) == 1
+    assert "canary" not in caplog.text
+
+
+# A recording
+
+
+def test_a_recording_ends_and_nothing_is_lost(run):
+    source, queue = FakeCamera(live=False, period_s=0), Queue(2)
+    source.on_grab = lambda: raise_(SourceEnded("over")) if source.index == 50 else None
+    capture = run(source, queue.put)
+    assert [queue.take(5).index for _ in range(50)] == list(range(50))
+    until(lambda: capture.state == "ended")
+    assert capture.captured == 50
+    assert capture.dropped.total() == 0
+    assert source.closed == 1
+
+
+def test_a_recording_that_cannot_be_read_is_not_tried_again(run):
+    source = FakeCamera(live=False)
+    source.on_grab = lambda: raise_(SourceError("damaged at frame 3")) if source.index == 3 else None
+    capture = run(source)
+    assert capture.join(5)
+    assert source.opened == 1
+    assert str(capture.failure) == "damaged at frame 3"
+    assert capture.state == "lost"
+
+
+def test_a_consumer_that_closes_ends_the_capture(run):
+    queue: Queue[Frame] = Queue(1)
+    capture = run(FakeCamera(live=False), queue.put)
+    until(lambda: capture.captured >= 2)
+    queue.close()
+    assert capture.join(2)
+    assert capture.captured == len(queue) + capture.dropped["stopping"]
