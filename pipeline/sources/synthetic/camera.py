@@ -277,7 +277,7 @@ class _Faults:
 
 
 def _signed_sheets(random: np.random.Generator, shape: tuple[int, int, int], scene: str) -> list[np.ndarray]:
-    """Noise as two uint8 sheets, what it adds and what it takes: saturating 8-bit sums are ten times as fast as float."""
+    """Noise as two uint8 sheets, what it adds and what it takes: 8-bit sums are ten times as fast as float."""
     from pipeline.sources.synthetic.street import LOOKS
 
     noise = np.rint(random.standard_normal(shape, dtype=np.float32) * LOOKS[scene].noise_levels)

@@ -6,8 +6,9 @@ two cameras cannot disagree about where a thing is. Lengths are metres; heat is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import cv2
 import numpy as np
@@ -38,22 +39,33 @@ class Texture:
     def height_m(self) -> float:
         return self.alpha.shape[0] / self.pixels_per_m
 
+    @cached_property
+    def visible(self) -> np.ndarray:
+        """Colour and alpha as uint8 (H, W, 4): one resampling gives both."""
+        alpha = np.rint(self.alpha * 255).astype(np.uint8)
+        return np.ascontiguousarray(np.dstack((self.colour, alpha)))
+
+    @cached_property
+    def thermal(self) -> np.ndarray:
+        """Heat and alpha as float32 (H, W, 2)."""
+        return np.ascontiguousarray(np.dstack((self.heat, self.alpha)))
+
+    @cached_property
+    def shines(self) -> bool:
+        """Whether any of it gives off light."""
+        return bool(self.glow.any())
+
     def halved(self) -> Texture:
         """The same thing with half the pixels, averaged."""
         size = (max(1, self.alpha.shape[1] // 2), max(1, self.alpha.shape[0] // 2))
-        return Texture(
-            *(cv2.resize(layer, size, interpolation=cv2.INTER_AREA) for layer in self._layers()),
-            pixels_per_m=self.pixels_per_m / 2,
-        )
+        return self._made_by(lambda layer: cv2.resize(layer, size, interpolation=cv2.INTER_AREA), self.pixels_per_m / 2)
 
     def mirrored(self) -> Texture:
         """The same thing seen the other way round."""
-        return Texture(
-            *(np.ascontiguousarray(layer[:, ::-1]) for layer in self._layers()), pixels_per_m=self.pixels_per_m
-        )
+        return self._made_by(lambda layer: np.ascontiguousarray(layer[:, ::-1]), self.pixels_per_m)
 
-    def _layers(self) -> tuple[np.ndarray, ...]:
-        return self.colour, self.glow, self.heat, self.alpha
+    def _made_by(self, change: Callable[[np.ndarray], np.ndarray], pixels_per_m: float) -> Texture:
+        return Texture(change(self.colour), change(self.glow), change(self.heat), change(self.alpha), pixels_per_m)
 
 
 def code(counts: float) -> int:
@@ -69,9 +81,9 @@ class Canvas:
         self._pixels_per_m = pixels_per_m
         self._size = max(1, round(width_m * pixels_per_m)), max(1, round(height_m * pixels_per_m))
         width, height = self._size[0] * SUPERSAMPLING, self._size[1] * SUPERSAMPLING
-        self.colour = np.zeros((height, width, 3), np.uint8)
+        self.colour: np.ndarray = np.zeros((height, width, 3), np.uint8)
         self.glow = np.zeros((height, width, 3), np.uint8)
-        self.heat = np.zeros((height, width), np.uint8)
+        self.heat: np.ndarray = np.zeros((height, width), np.uint8)
         self.alpha = np.zeros((height, width), np.uint8)
 
     def rectangle(
@@ -130,17 +142,19 @@ class Canvas:
         height, width = self.alpha.shape
         fine = _blotches(random, height, width, max(1.0, cell_m * self._scale))
         soft = _blotches(random, height, width, max(1.0, 1.2 * self._scale))
-        inside = self.alpha > 0
+        bare = self.alpha == 0
         change = (fine * 0.7 + soft * 0.5) * colour_sigma
-        roughened = self.colour.astype(np.float32) + change[..., None]
-        self.colour[inside] = np.clip(roughened, 1, 255).astype(np.uint8)[inside]
-        warmth = self.heat + (soft + 0.3 * fine) * (heat_sigma_counts / COUNTS_PER_CODE)
-        self.heat[inside] = np.clip(warmth, 0, 255).astype(np.uint8)[inside]
+        change[bare] = 0
+        self.colour = _added(self.colour, cv2.merge([change] * 3))
+        warmth = (soft + 0.3 * fine) * (heat_sigma_counts / COUNTS_PER_CODE)
+        warmth[bare] = 0
+        self.heat = _added(self.heat, warmth)
 
     def shade(self, top: float, bottom: float) -> None:
         """Multiplies the colour from top to bottom, as light from the sky does."""
-        ramp = np.linspace(top, bottom, self.colour.shape[0], dtype=np.float32)[:, None, None]
-        self.colour = np.clip(self.colour * ramp, 0, 255).astype(np.uint8)
+        ramp = np.linspace(top, bottom, self.colour.shape[0], dtype=np.float32)[:, None]
+        ramp = np.ascontiguousarray(np.broadcast_to(ramp, self.alpha.shape))
+        self.colour = cv2.multiply(self.colour, cv2.merge([ramp] * 3), dtype=cv2.CV_8U)
 
     def texture(self, heat_blur_m: float = 0.02) -> Texture:
         """What has been painted. Heat spreads in the material, so it is softer than colour."""
@@ -150,16 +164,22 @@ class Canvas:
         if sigma > 0.3:
             spread = cv2.GaussianBlur(alpha, (0, 0), sigma)
             heat = cv2.GaussianBlur(heat, (0, 0), sigma) / np.maximum(spread, 1e-3) * alpha
-        layers = (
-            cv2.resize(x, self._size, interpolation=cv2.INTER_AREA) for x in (self.colour, self.glow, heat, alpha)
-        )
-        return Texture(*layers, pixels_per_m=self._pixels_per_m)
+
+        def small(layer: np.ndarray) -> np.ndarray:
+            return cv2.resize(layer, self._size, interpolation=cv2.INTER_AREA)
+
+        return Texture(small(self.colour), small(self.glow), small(heat), small(alpha), self._pixels_per_m)
 
     def _pixel(self, x: float, y: float) -> tuple[int, int]:
         return round(x * self._scale), round(self.alpha.shape[0] - y * self._scale)
 
     def _values(self, colour: Colour, counts: float, glow: Colour) -> tuple[tuple[np.ndarray, tuple[int, ...]], ...]:
         return (self.colour, colour), (self.glow, glow), (self.heat, (code(counts),)), (self.alpha, (255,))
+
+
+def _added(layer: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """A uint8 layer plus float32 changes, saturating."""
+    return cv2.add(layer, change, dtype=cv2.CV_8U)
 
 
 def _blotches(random: np.random.Generator, height: int, width: int, cell_px: float) -> np.ndarray:
@@ -294,11 +314,11 @@ def paint_car_side(paint: Colour, base_counts: float) -> Texture:
 
 
 def paint_facade(
-    width_m: float, height_m: float, wall: Colour, shop: str, bricks: bool, seed: int, base_counts: float
+    width_m: float, height_m: float, wall: Colour, shop: str, bricks: bool, seed: int, base_counts: float, detail: float
 ) -> Texture:
     """A house front: shop below, rows of windows above; some rooms are lit and heated."""
     random = np.random.default_rng(seed)
-    canvas = Canvas(width_m, height_m, pixels_per_m=40)
+    canvas = Canvas(width_m, height_m, pixels_per_m=detail)
     warmth = base_counts + float(random.uniform(-60, 60))
     canvas.rectangle(0, 0, width_m, height_m, wall, warmth)
     if bricks:
@@ -359,19 +379,19 @@ def _paint_shop(
     canvas.text(width_m / 2 - 0.19 * len(shop), 2.90, 0.36, shop, (244, 232, 196), glow=letters)
     pane = (width_m - 2.8) / 2
     for x in (0.8, width_m - 0.8 - pane):
-        glow: Colour = (206, 168, 112) if lit else BLACK
+        glow: Colour = (150, 116, 72) if lit else BLACK
         canvas.rectangle(x, 0.55, pane, 2.05, (88, 100, 108), warmth - (40 if lit else 130), glow=glow)
         for thing in np.arange(x + 0.2, x + pane - 0.3, 0.55):
             tall = float(random.uniform(0.4, 1.2))
             tone = tuple(int(v) for v in random.integers(70, 220, 3))
-            shine: Colour = tuple(int(v * 0.7) for v in tone) if lit else BLACK  # type: ignore[assignment]
+            shine: Colour = tuple(int(v * 0.5) for v in tone) if lit else BLACK  # type: ignore[assignment]
             canvas.rectangle(thing, 0.55, 0.34, tall, tone, warmth - 60, glow=shine)  # type: ignore[arg-type]
     canvas.rectangle(width_m / 2 - 0.5, 0.1, 1.0, 2.4, _darker(wall, 0.45), warmth + 60)
 
 
-def paint_wall(width_m: float, height_m: float, wall: Colour, seed: int, base_counts: float) -> Texture:
+def paint_wall(width_m: float, height_m: float, wall: Colour, seed: int, base_counts: float, detail: float) -> Texture:
     """The blind side of a house."""
-    canvas = Canvas(width_m, height_m, pixels_per_m=24)
+    canvas = Canvas(width_m, height_m, pixels_per_m=detail)
     canvas.rectangle(0, 0, width_m, height_m, _darker(wall, 0.82), base_counts)
     canvas.grain(seed, 8, 16)
     canvas.rectangle(0, height_m - 0.35, width_m, 0.35, _darker(wall, 0.5), base_counts - 40)

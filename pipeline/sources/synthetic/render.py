@@ -36,6 +36,7 @@ PLANE_DETAIL = {"visible": 1.12, "infrared": 1.0}  # pixels of the plane per pix
 LAMP_COLOUR = np.array([1.0, 0.82, 0.55], np.float32)
 INFRARED_BLUR_PX = 0.8  # of the thermal lens, at 640 pixels wide
 AIR_COUNTS = 7950.0  # what fog looks like in the far infrared
+SLIVER_PX = 0.7  # a panel seen more edge-on than this is not drawn
 OCCLUSION_M = 0.35  # a thing this much behind the background's depth is hidden
 
 
@@ -43,7 +44,9 @@ OCCLUSION_M = 0.35  # a thing this much behind the background's depth is hidden
 class Backdrop:
     """The street without anything that moves, on a pinhole plane."""
 
-    image: np.ndarray  # visible: uint8 RGB (H, W, 3); infrared: float32 counts (H, W)
+    image: (
+        np.ndarray
+    )  # visible: uint8 RGBA (H, W, 4), as OpenCV resamples four channels faster; infrared: float32 counts
     depth: np.ndarray  # float32 (H, W), metres along the camera's axis
     matrix: np.ndarray  # (3, 3): ray -> plane pixel
 
@@ -75,7 +78,9 @@ class Renderer:
             rain_seed: where the rain is; None: no streaks.
         """
         plane = self._plane_map(world_s)
-        picture = cv2.remap(self._backdrop.image, plane, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        picture = _remap(self._backdrop.image, plane, cv2.BORDER_REPLICATE)
+        if self.camera == "visible":
+            picture = cv2.cvtColor(picture, cv2.COLOR_RGBA2RGB)
         from_world = self.from_world(world_s)
         for thing in self.street.things(world_s):
             if thing.name not in hide:
@@ -128,12 +133,14 @@ class Renderer:
             return None
         # Detail: the texture level whose pixels are about as large as the picture's, at the panel's middle.
         metres = _patch_metres(panel)
-        spread = np.ptp(pixels, axis=0)
-        picture_px_per_m = max(1e-3, float(np.hypot(*spread)) / metres)
+        spread = pixels.max(axis=0) - pixels.min(axis=0)
+        if spread.min() < SLIVER_PX:
+            return None
+        picture_px_per_m = float(np.hypot(*spread)) / metres
         level = _level(panel.pyramid, picture_px_per_m)
         camera_from_texture = _camera_from_texture(panel, level, from_world)
         where = cv2.perspectiveTransform(np.ascontiguousarray(self._rays[region]), np.linalg.inv(camera_from_texture))
-        depth = cv2.remap(self._backdrop.depth, plane[region], None, cv2.INTER_NEAREST, borderMode=cv2.BORDER_REPLICATE)
+        depth = _remap(self._backdrop.depth, plane[region], cv2.BORDER_REPLICATE, cv2.INTER_NEAREST)
         unhidden = (depth > distance_m - OCCLUSION_M).astype(np.float32)
         return region, level, where, unhidden
 
@@ -147,29 +154,26 @@ class Renderer:
             return
         region, level, where, unhidden = found
         texture = panel.pyramid[level]
-        alpha = _remap(texture.alpha, where)
-        alpha *= unhidden
         if self.camera == "infrared":
-            heat = _remap(texture.heat, where) * unhidden
+            heat, alpha = cv2.split(_remap(texture.thermal, where))
             heat = _through_air_counts(heat, alpha, thing.distance_m, self.look)
-            picture[region] = picture[region] * (1 - alpha) + heat
+            picture[region] += unhidden * (heat - alpha * picture[region])
             return
-        if not panel.opaque:
-            alpha *= self.look.shadow
-        light = _light_at(self.street, self.look, thing.points.mean(axis=0))
-        colour = _remap(texture.colour, where).astype(np.float32)
-        colour *= light
-        if self.look.glow > 0 and panel.opaque:
-            colour += _remap(texture.glow, where).astype(np.float32) * self.look.glow
-        through = float(np.exp(-self.look.fog_per_m * thing.distance_m))
-        if through < 1:
-            colour *= through
-            colour += alpha[..., None] * (np.array(self.look.airlight, np.float32) * (1 - through))
-        if not panel.opaque:
-            colour[...] = 0
-        else:
-            colour *= unhidden[..., None]
+        layers = _remap(texture.visible, where)
+        alpha = layers[..., 3] * (unhidden * np.float32(1 / 255))
         mixed = picture[region].astype(np.float32)
+        if not panel.opaque:
+            mixed *= (1 - alpha * self.look.shadow)[..., None]
+            picture[region] = mixed.astype(np.uint8)
+            return
+        colour = layers[..., :3] * _light_at(self.street, self.look, thing.points.mean(axis=0))
+        if self.look.glow > 0 and texture.shines:
+            colour += _remap(texture.glow, where) * np.float32(self.look.glow)
+        through = np.exp(-self.look.fog_per_m * thing.distance_m)
+        if through < 1:
+            colour *= np.float32(through)
+            colour += layers[..., 3:] * (np.array(self.look.airlight, np.float32) * np.float32((1 - through) / 255))
+        colour *= unhidden[..., None]
         mixed *= (1 - alpha)[..., None]
         mixed += colour
         np.minimum(mixed, 255, out=mixed)
@@ -196,8 +200,11 @@ def build_renderer(camera: Camera, width: int, height: int, seed: int, scene: st
     return Renderer(camera, geometry.camera_model(camera, width, height), street, look)
 
 
-def _remap(layer: np.ndarray, where: np.ndarray) -> np.ndarray:
-    return cv2.remap(layer, where, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
+def _remap(
+    layer: np.ndarray, where: np.ndarray, border: int = cv2.BORDER_CONSTANT, method: int = cv2.INTER_LINEAR
+) -> np.ndarray:
+    # OpenCV's stubs know no absent second map; an empty array instead of None gives wrong pictures in OpenCV 5.0.
+    return cv2.remap(layer, where, None, method, borderMode=border)  # type: ignore[call-overload,no-any-return]
 
 
 def _camera_from_texture(panel: Panel, level: int, from_world: np.ndarray) -> np.ndarray:
@@ -207,17 +214,17 @@ def _camera_from_texture(panel: Panel, level: int, from_world: np.ndarray) -> np
     return matrix
 
 
+# Shares of a panel's width and height around its rim; with the middles, because a lens bends long edges.
+_RIM = np.array([(0, 0), (0.5, 0), (1, 0), (1, 0.5), (1, 1), (0.5, 1), (0, 1), (0, 0.5)])
+
+
 def _outline(panel: Panel, from_world: np.ndarray) -> np.ndarray | None:
     """Points around a panel's rim in camera coordinates, cut off in front of the camera; None: all behind it."""
     base = panel.pyramid[0]
-    rotation = from_world[:3, :3]
-    corner = rotation @ np.array(panel.corner) + from_world[:3, 3]
-    right = rotation @ np.array(panel.right) * base.width_m
-    down = rotation @ np.array(panel.down) * base.height_m
-    steps = np.linspace(0, 1, 5)
-    rim = [(a, b) for a in steps for b in (0, 1)] + [(a, b) for a in (0, 1) for b in steps]
-    across, along = np.array(rim, np.float64).T
-    points = corner + across[:, None] * right + along[:, None] * down
+    sides = np.array((panel.right, panel.down)) * ((base.width_m,), (base.height_m,))
+    right, down = sides @ from_world[:3, :3].T
+    corner = from_world[:3, :3] @ panel.corner + from_world[:3, 3]
+    points = corner + _RIM @ np.array((right, down))
     if points[:, 2].max() < NEAREST_M:
         return None
     behind = points[:, 2] < NEAREST_M
@@ -284,7 +291,8 @@ def _paint_backdrop(view: Renderer) -> Backdrop:
         through = view.look.infrared_contrast * np.exp(-view.look.infrared_fog_per_m * np.minimum(depth, 400.0))
         image = small["heat"] * through + AIR_COUNTS * (1 - through)
         return Backdrop(image.astype(np.float32), depth, matrix)
-    return Backdrop(_lit(view, small["colour"], small["glow"], depth, matrix), depth, matrix)
+    lit = _lit(view, small["colour"], small["glow"], depth, matrix)
+    return Backdrop(cv2.cvtColor(lit, cv2.COLOR_RGB2RGBA), depth, matrix)
 
 
 def _averaged(layer: np.ndarray) -> np.ndarray:

@@ -235,7 +235,7 @@ def build_street(seed: int, scene: str) -> Street:
     lamps: list[tuple[float, float, float]] = []
     static += _furniture(seed, lamps)
     static.sort(key=lambda item: -item[0])
-    movers = (*_walkers(seed, scene), *_drivers(seed, scene))
+    movers: tuple[Walker | Driver, ...] = (*_walkers(seed, scene), *_drivers(seed, scene))
     return Street(seed, scene, look, tuple(panel for _, panel in static), np.array(lamps), movers)
 
 
@@ -265,10 +265,11 @@ def _houses(seed: int) -> list[tuple[float, Panel]]:
             front_x = PAVEMENT_X_M[0] - setback if left else PAVEMENT_X_M[1] + setback
             shop = _SHOPS[shops[index % len(shops)]]
             house_seed = seed * 1000 + int(left) * 100 + index
-            front = build_pyramid(paint.paint_facade(length, height, wall, shop, bricks, house_seed, 8130))
+            detail = 40.0 if z < 26 else 22.0 if z < 55 else 12.0  # pixels per metre: nobody sees the bricks from afar
+            front = build_pyramid(paint.paint_facade(length, height, wall, shop, bricks, house_seed, 8130, detail))
             corner, right = ((front_x, -height, z), (0, 0, 1)) if left else ((front_x, -height, z + length), (0, 0, -1))
             panels.append((z + length, Panel(front, corner, right)))
-            end = build_pyramid(paint.paint_wall(9.0, height, wall, house_seed + 50, 8100))
+            end = build_pyramid(paint.paint_wall(9.0, height, wall, house_seed + 50, 8100, detail * 0.6))
             panels.append((z + 0.01, Panel(end, (front_x - 9.0 if left else front_x, -height, z))))
             z += length
             index += 1
