@@ -1,7 +1,7 @@
-"""The six seeded degradations that every method is judged on; fixed for good, because scores are compared across years.
+"""The six seeded degradations that every method is judged on; fixed, because scores are compared across years.
 
-Training draws its own, wider degradations elsewhere. Each function takes and gives the pair (infrared uint8 (H, W), visible
-uint8 RGB (H, W, 3)); exactly one of the two is degraded.
+Training draws its own, wider degradations elsewhere. Exactly one picture of a pair is degraded. The functions work on
+pictures in [0, 1], infrared (H, W) or visible RGB (H, W, 3).
 """
 
 from __future__ import annotations

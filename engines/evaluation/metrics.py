@@ -1,8 +1,9 @@
 """How good is a fused picture: the nine scores that the field reports, on luminance.
 
-Every score takes grey pictures of 0..255 as (H, W) arrays, of any number type; nothing is scaled. The values agree with the
-evaluator that papers of the field pass on, quirks included, because a score is only worth something beside other people's.
-What they cannot tell: copying a clean source scores well, and SF, AG, SD and EN reward noise. Look at degraded inputs, too.
+Every score takes grey pictures of 0..255 as (H, W) arrays, of any number type; nothing is scaled. The values agree with
+the evaluator that papers of the field pass on, quirks included, because a score is only worth something beside other
+people's. What they cannot tell: copying a clean source scores well, and SF, AG, SD and EN reward noise. Look at
+degraded inputs, too.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def sum_of_correlations_of_differences(fused: ArrayLike, infrared: ArrayLike, vi
 
 
 def visual_information_fidelity(fused: ArrayLike, infrared: ArrayLike, visible: ArrayLike) -> float:
-    """VIF: the share of each source's visual information that the fused picture keeps, summed; 2 when both are equal to it.
+    """VIF: the share of each source's visual information that the fused picture keeps, summed; 2 if both equal it.
 
     The pixel-domain form, 4 scales, visual noise variance 2. Above 1 a source where contrast was gained.
 
@@ -135,7 +136,7 @@ def evaluate_pair(
 
     Args:
         fused, infrared, visible: uint8, grey (H, W) or RGB (H, W, 3), of one size and at least 41x41 pixels
-            (VIF's coarsest scale needs them). The sources should be the CLEAN ones, also where degraded ones were fused.
+            (VIF's coarsest scale needs them). Give the CLEAN sources, also where degraded ones were fused.
 
     Raises:
         ValueError: if the sizes differ or are too small.
@@ -218,15 +219,15 @@ def _edges(image: Grey) -> tuple[Grey, Grey]:
     padded = cv2.copyMakeBorder(image, 1, 1, 1, 1, cv2.BORDER_CONSTANT, value=0)
     right = cv2.Sobel(padded, cv2.CV_64F, 1, 0, ksize=3)[1:-1, 1:-1]
     down = cv2.Sobel(padded, cv2.CV_64F, 0, 1, ksize=3)[1:-1, 1:-1]
-    angle = np.full_like(right, np.pi / 2)  # where nothing changes to the right; the sign of the others is convention
+    angle = np.full(image.shape, np.pi / 2)  # where nothing changes to the right; the sign of the others is convention
     np.arctan(np.divide(-down, right, out=angle.copy(), where=right != 0), out=angle, where=right != 0)
-    return np.hypot(right, down), angle
+    return np.asarray(np.hypot(right, down), dtype=np.float64), angle
 
 
 def _edge_similarity(source: tuple[Grey, Grey], fused: tuple[Grey, Grey]) -> Grey:
     (strength, angle), (fused_strength, fused_angle) = source, fused
     weaker, stronger = np.minimum(strength, fused_strength), np.maximum(strength, fused_strength)
-    # Equal strengths take the strength itself, not 1, in the code that every paper uses; the sigmoid saturates either way.
+    # In the code that every paper uses equal strengths give the strength, not 1; the sigmoid saturates either way.
     ratio = np.divide(weaker, stronger, out=strength.copy(), where=strength != fused_strength)
     agreement = 1 - np.abs(angle - fused_angle) / (np.pi / 2)
     of_strength = 0.9994 / (1 + np.exp(-15 * (ratio - 0.5)))

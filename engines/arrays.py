@@ -1,0 +1,120 @@
+"""What every runtime does alike: checks its inputs, makes `Priors` of its outputs, is compared with the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.base import EngineError, FusionEngine, Priors
+
+Image = NDArray[np.uint8]
+
+MINIMUM_PX = 32  # below, the border is wider than the picture that is mirrored into it
+REFERENCE_SIZE = (
+    136,
+    168,
+)  # height and width; no multiple of a network's stride, so that padding is compared, too
+PSNR_LIMIT_DB = {"fp32": 50.0, "bf16": 40.0, "fp16": 40.0, "int8": 35.0}
+TOKEN_LIMIT = 0.05  # root mean square; tokens have about unit variance
+
+
+def checked_pair(infrared: Image, visible: Image) -> tuple[Image, Image]:
+    """The pair, contiguous in memory.
+
+    Raises:
+        ValueError: if it is no registered pair of uint8 pictures of at least 32 x 32 pixels.
+    """
+    if infrared.dtype != np.uint8 or visible.dtype != np.uint8:
+        raise ValueError(f"pictures must be uint8, got {infrared.dtype = } and {visible.dtype = }")
+    if infrared.ndim != 2 or visible.shape != (*infrared.shape, 3):
+        raise ValueError(f"need (H, W) and (H, W, 3), got {infrared.shape = } and {visible.shape = }")
+    if min(infrared.shape) < MINIMUM_PX:
+        raise ValueError(f"{infrared.shape = } is too small: both sides need at least {MINIMUM_PX} pixels")
+    return np.ascontiguousarray(infrared), np.ascontiguousarray(visible)
+
+
+def checked_priors(priors: Priors, widths: tuple[int, int]) -> tuple[NDArray[np.float32], ...]:
+    """The three token sets that the network reads; `widths` are those of degradation and semantic tokens.
+
+    Raises:
+        EngineError: if they come from another variant.
+    """
+    tokens = (priors.degradation_infrared, priors.degradation_visible, priors.semantic)
+    expected = [(16, widths[0]), (16, widths[0]), (16, widths[1])]
+    found = [array.shape for array in tokens]
+    if found != expected:
+        raise EngineError(f"these priors have the shapes {found}, this engine reads {expected}: estimate them with it")
+    return tuple(np.ascontiguousarray(array, dtype=np.float32) for array in tokens)
+
+
+def priors_from(arrays: Sequence[NDArray[np.float32]]) -> Priors:
+    """`Priors` of a network's five outputs, the last two already probabilities."""
+    return Priors(*(np.array(array, dtype=np.float32) for array in arrays))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What PyTorch makes of the reference pair: the measure for every other runtime."""
+
+    tokens: NDArray[np.float32]  # all three token sets, flat
+    fused: Image  # (H, W, 3)
+
+    @classmethod
+    def of(cls, engine: FusionEngine) -> Reference:
+        infrared, visible = reference_pair()
+        priors = engine.estimate_priors(infrared, visible)
+        tokens = np.concatenate(
+            [priors.degradation_infrared.ravel(), priors.degradation_visible.ravel(), priors.semantic.ravel()]
+        )
+        return cls(tokens, engine.fuse(infrared, visible, priors))
+
+
+def reference_pair(size: tuple[int, int] = REFERENCE_SIZE) -> tuple[Image, Image]:
+    """A fixed pair with everything that can go wrong in it: ramps, edges, texture, colour, black and white."""
+    height, width = size
+    random = np.random.default_rng(20250331)
+    rows, columns = np.mgrid[:height, :width]
+    ramp = 255.0 * columns / width
+    checks = 60.0 * ((rows // 8 + columns // 8) % 2)
+    grain = random.normal(0, 12, (height, width))
+    warm = np.where((rows - height / 2) ** 2 + (columns - width / 3) ** 2 < (height / 5) ** 2, 230.0, 40.0)
+    infrared = warm + 0.15 * ramp + grain
+    colours = np.stack([ramp, 255.0 - ramp, 255.0 * rows / height], -1)
+    visible = 0.6 * colours + (checks + random.normal(0, 12, (height, width)))[..., None]
+    visible[: height // 8], visible[-height // 8 :] = 0, 255
+    return _to_bytes(cv2.GaussianBlur(infrared, (0, 0), 0.6)), _to_bytes(visible)
+
+
+def psnr_db(one: Image, other: Image) -> float:
+    """The peak signal to noise ratio of two pictures; infinite when they are equal."""
+    error = float(np.mean((one.astype(np.float64) - other) ** 2))
+    return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+def refuse_unless_close(engine: FusionEngine, reference: Reference) -> float:
+    """Compares an engine with the reference, on the reference pair.
+
+    Returns:
+        The PSNR of its fused picture.
+
+    Raises:
+        EngineError: if its priors or its picture lie outside of the tolerance of its precision.
+    """
+    found, description = Reference.of(engine), engine.description
+    name = f"{description.runtime} {description.precision}"
+    refusal = f"{name} does not compute what PyTorch computes on this machine"
+    error = float(np.sqrt(np.mean((found.tokens - reference.tokens) ** 2)))
+    if not error <= TOKEN_LIMIT:  # so written, a NaN is refused as well
+        raise EngineError(f"{refusal} (priors differ by {error:.3g}, allowed {TOKEN_LIMIT}): use runtime 'pytorch'")
+    psnr, limit = psnr_db(found.fused, reference.fused), PSNR_LIMIT_DB[description.precision]
+    if not psnr >= limit:
+        raise EngineError(f"{refusal} ({psnr:.1f} dB, at least {limit:g} needed): use runtime 'pytorch' or fp32")
+    return psnr
+
+
+def _to_bytes(image: NDArray[np.float64]) -> Image:
+    return np.rint(np.clip(image, 0, 255)).astype(np.uint8)
