@@ -102,6 +102,17 @@ class _Rhythm:
         self.newest_ns = captured_ns
 
 
+def _reuse_penalty_ns(rhythm: dict[Camera, _Rhythm]) -> float:
+    """Half a period apart, jitter would take one infrared frame twice and the next not at all; a small bias prevents it.
+
+    At unequal rates frames have to be used twice or left out anyway, and the bias would only cost accuracy.
+    """
+    infrared_ns, visible_ns = rhythm["infrared"].period_ns, rhythm["visible"].period_ns
+    if not infrared_ns or not visible_ns or abs(infrared_ns - visible_ns) > 0.1 * visible_ns:
+        return 0.0
+    return REUSE_PENALTY_PERIODS * infrared_ns
+
+
 class _Presence:
     """Whether a camera takes part. See the top of this file."""
 
@@ -322,9 +333,9 @@ class Sync:
         return max(round(3.5 * (period_ns or 0)), 250_000_000)
 
     def _cost(self, candidate: _Candidate, captured_ns: int) -> float:
-        """Distance in time; a used frame counts as a little farther, or jitter at half a period would flap."""
+        """Distance in time; at equal rates a used frame counts as a little farther."""
         distance = abs(candidate.captured_ns - captured_ns)
-        return distance + candidate.used * REUSE_PENALTY_PERIODS * (self._rhythm["infrared"].period_ns or 0)
+        return distance + candidate.used * _reuse_penalty_ns(self._rhythm)
 
     def _decided(self, visible: _Candidate, now_ns: int) -> bool:
         if self._presence["infrared"].absent or now_ns >= visible.came_ns + self._max_wait_ns:
@@ -473,7 +484,7 @@ class _Recordings:
         if not before:
             return self._release(None, visible, "vis_only")
         period_ns = self._rhythm["infrared"].period_ns or self._max_skew_ns
-        penalty = REUSE_PENALTY_PERIODS * period_ns
+        penalty = _reuse_penalty_ns(self._rhythm)
         costs = [abs(one.captured_ns - visible.captured_ns) + penalty * one.used for one in before]
         nearest = before[costs.index(min(costs))]
         age_ns = visible.captured_ns - nearest.captured_ns

@@ -287,9 +287,9 @@ def test_the_true_pairing_error_stays_below_half_a_period_of_the_slower_camera(i
     pairs = rig.run(sync)
     errors = np.abs(rig.errors_ms(pairs))
     assert len(errors) >= 0.9 * 60 * visible_hz
-    # At 60 Hz the jitter is a fifth of half a period: there even who knows the true times cannot stay below it.
     best = np.percentile(rig.smallest_errors_ms(pairs), 95)
-    assert np.percentile(errors, 95) <= max(500 / min(infrared_hz, visible_hz), 1.02 * best)
+    assert np.percentile(errors, 95) <= 500 / min(infrared_hz, visible_hz)
+    assert np.percentile(errors, 95) <= 1.02 * best + 0.2
     captured = [pair.captured_ns for pair in pairs]
     assert captured == sorted(captured)
     assert_exact(sync)
@@ -300,7 +300,9 @@ def test_with_much_jitter_it_still_finds_the_best_assignment(infrared_hz, visibl
     rig = Rig().camera("infrared", infrared_hz, 60, 45, jitter_ms=4).camera("visible", visible_hz, 60, 20, jitter_ms=4)
     pairs = rig.run(Sync(SyncConfig(max_wait_ms=120)))
     stamps = np.array(sorted(one.captured_ns for _, _, one in rig.arrivals if one.camera == "infrared"))
-    slack = 0.05 * 1e9 / infrared_hz  # a fresh frame may be preferred to a used one that is nearer by this
+    slack = (
+        0.05 * 1e9 / infrared_hz if infrared_hz == 30.02 else 0
+    )  # by this a fresh frame may be farther than a used one
     best = 0
     both = [pair for pair in pairs if pair.infrared and pair.visible]
     for pair in both:
