@@ -36,6 +36,14 @@ from pipeline import messages
 
 KEPT = 8  # messages that wait for `all`
 MAX_MESSAGE_BYTES = messages.MAX_PAYLOAD_BYTES + (128 << 10)
+WATCHED = (
+    zmq.EVENT_CONNECTED
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
 DTYPES = {
     "rgb8": (np.uint8, 3),
     "bgr8": (np.uint8, 3),
@@ -168,9 +176,9 @@ class Client:
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = connect(self._zmq, endpoint, server_key, secret_key)
         self.endpoint = endpoint
-        self._monitor = self._socket.get_monitor_socket(
-            zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_SUCCEEDED
-        )
+        self._shaking_hands = False
+        self._hung_up = 0  # connections in a row that ended before the handshake did
+        self._monitor = self._socket.get_monitor_socket(WATCHED)
         self._socket.setsockopt(zmq.SUBSCRIBE, wanted_prefix(rig, self._stream, self._codec))
         self._thread = threading.Thread(target=self._receive, name="client", daemon=True)
         self._thread.start()
@@ -296,16 +304,23 @@ class Client:
             self._changed.notify_all()
 
     def _read_monitor(self) -> None:
+        """A refused key shows in the handshake only: ZeroMQ itself tries again for ever, in silence."""
         event = recv_monitor_message(self._monitor)["event"]
-        if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            return
-        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+        if event == zmq.EVENT_CONNECTED:
+            self._shaking_hands = True
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._shaking_hands, self._hung_up, self._failure = False, 0, None
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             self._fail(f"{self.endpoint} does not know this client's key: add its public key to authorized_keys_dir")
-        else:
-            self._fail(
-                f"{self.endpoint} and this client do not agree on keys: check server_key, which is the publisher's "
-                "public key (none if it publishes without CURVE)"
-            )
+        elif self._shaking_hands:
+            # A server with keys just hangs up on a client without; once may be a publisher that is restarting.
+            self._shaking_hands = False
+            self._hung_up += 1
+            if self._hung_up >= 2 or event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                self._fail(
+                    f"{self.endpoint} and this client do not agree on keys: check server_key, which is the "
+                    "publisher's public key (none if it publishes without CURVE)"
+                )
 
     def _fail(self, line: str) -> None:
         with self._changed:

@@ -611,8 +611,10 @@ def leaves_this_machine(endpoint: str) -> bool:
     scheme, _, address = endpoint.partition("://")
     if scheme in ("ipc", "inproc"):
         return False
-    host = address.rpartition(":")[0].strip("[]")
-    if scheme != "tcp" or not host:
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    # ZeroMQ itself takes port 99999 and listens on another one.
+    if scheme != "tcp" or not host or not (port == "*" or (port.isdecimal() and int(port) <= 65535)):
         raise ConfigError(f"publish.endpoint {endpoint!r} is none: write tcp://127.0.0.1:5560 or ipc:///path/to/socket")
     try:
         return not ipaddress.ip_address(host).is_loopback

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import urlsplit
 
 import zmq
@@ -137,7 +137,7 @@ class Viewer:
         self._ready = threading.Event()
         self._error: Exception | None = None
         self._zmq: zmq.asyncio.Context | None = None
-        self._socket: zmq.Socket[Any] | None = None
+        self._socket: zmq.asyncio.Socket | None = None
         self._stop_asked: asyncio.Event | None = None
 
     @property
@@ -192,7 +192,7 @@ class Viewer:
     async def _serve(self) -> None:
         self._loop, self._stop_asked = asyncio.get_running_loop(), asyncio.Event()
         self._zmq = zmq.asyncio.Context()
-        self._socket = connect(self._zmq, self.endpoint, self._server_key, self._secret_key)
+        self._socket = cast(zmq.asyncio.Socket, connect(self._zmq, self.endpoint, self._server_key, self._secret_key))
         runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=0.5, handle_signals=False)
         tasks: list[asyncio.Task[None]] = []
         try:

@@ -1,0 +1,303 @@
+"""The viewer: what it serves, to whom, and what a real browser shows of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import socket
+import struct
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import aiohttp
+import msgspec
+import numpy as np
+import pytest
+from rigs.publishing import feeding, fused_frame, publishing, wait_until
+
+from engines.base import EngineDescription
+from pipeline.publish import PublishContext
+from pipeline.viewer.server import Viewer, ViewerError, _host_allowed, run
+
+CHROMIUM = Path("/usr/bin/chromium")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def get(url: str, **headers: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+async def connected(url: str, talk, **headers: str):
+    """What `talk(socket)` returns, over a WebSocket of the viewer."""
+    address = url.replace("http", "ws") + "ws"
+    async with aiohttp.ClientSession() as session, session.ws_connect(address, headers=headers) as websocket:
+        return await talk(websocket)
+
+
+def over_websocket(viewer: Viewer, talk, **headers: str):
+    return asyncio.run(asyncio.wait_for(connected(viewer.url, talk, **headers), timeout=20))
+
+
+def parse(packet: bytes) -> tuple[dict, bytes]:
+    (length,) = struct.unpack_from("<I", packet)
+    return json.loads(packet[4 : 4 + length]), packet[4 + length :]
+
+
+# -- the server ---------------------------------------------------------------------------------------------------
+
+
+def test_the_page_and_its_parts_are_served_and_nothing_from_elsewhere_is_asked_for():
+    with publishing() as publisher, Viewer(publisher.endpoint, port=0) as viewer:
+        for path in ("", "viewer.js", "viewer.css", "icon.svg"):
+            status, text = get(viewer.url + path)
+            assert status == 200
+            assert not re.search(r"(src|href|url)\W{1,2}(https?:)?//", text)
+        assert get(viewer.url + "server.py")[0] == 404
+
+
+def test_healthz_tells_whether_the_rig_is_heard():
+    with publishing() as publisher, Viewer(publisher.endpoint, port=0) as viewer:
+        wait_until(lambda: get(viewer.url + "healthz")[0] == 200)
+        assert json.loads(get(viewer.url + "healthz")[1])["rig"] == "car"
+    with Viewer("tcp://127.0.0.1:9", port=0) as viewer:
+        status, text = get(viewer.url + "healthz")
+        assert (status, json.loads(text)["status"]) == (503, "no_signal")
+
+
+def test_pictures_are_encoded_only_while_a_page_is_open():
+    async def first_picture(websocket):
+        while True:
+            packet = await websocket.receive()
+            if packet.type == aiohttp.WSMsgType.BINARY:
+                return parse(packet.data)
+
+    with publishing() as publisher, feeding(publisher), Viewer(publisher.endpoint, port=0, rig="car") as viewer:
+        wait_until(lambda: get(viewer.url + "healthz")[0] == 200)
+        assert "jpeg" not in publisher.statistics()["encoded"]
+        facts, jpeg = over_websocket(viewer, first_picture)
+        assert facts["mode"] == "fused"
+        assert facts["degradation"]["visible"]["low_light"] == 0.75
+        assert jpeg.startswith(b"\xff\xd8")
+        wait_until(lambda: not any("jpeg" in prefix for prefix in publisher.statistics()["subscriptions"]))
+        assert "pictures_sent_total" in get(viewer.url + "metrics")[1]
+
+
+def test_a_page_that_draws_slowly_gets_fewer_pictures_and_newer_ones():
+    async def slow(websocket):
+        seen: list[int] = []
+        ended = time.monotonic() + 1.5
+        while time.monotonic() < ended:
+            packet = await websocket.receive()
+            if packet.type != aiohttp.WSMsgType.BINARY:
+                continue
+            facts, _ = parse(packet.data)
+            if facts["stream"] != "fused":
+                await websocket.send_json({"ack": facts["stream"]})
+                continue
+            seen.append(facts["sequence"])
+            if len(seen) == 2:  # two are under way: without an answer no third comes
+                await asyncio.sleep(0.5)
+                await websocket.send_json({"ack": "fused"})
+                await websocket.send_json({"ack": "fused"})
+            elif len(seen) > 2:
+                await websocket.send_json({"ack": "fused"})
+        return seen
+
+    with publishing() as publisher, feeding(publisher, rate_hz=40), Viewer(publisher.endpoint, port=0) as viewer:
+        seen = over_websocket(viewer, slow)
+    assert seen[2] - seen[1] >= 8  # about 20 pictures were replaced meanwhile
+    assert seen == sorted(set(seen))
+
+
+def test_only_our_own_page_may_connect():
+    async def nothing(websocket):
+        return True
+
+    with publishing() as publisher, Viewer(publisher.endpoint, port=0) as viewer:
+        with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
+            over_websocket(viewer, nothing, Origin="http://evil.example")
+        assert caught.value.status == 403
+        assert over_websocket(viewer, nothing, Origin=viewer.url.rstrip("/"))
+        assert get(viewer.url, Host="evil.example")[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("127.0.0.1:8870", True),
+        ("localhost", True),
+        ("[::1]:8870", True),
+        ("rig.local:8870", True),
+        ("rig.local.evil.example", False),
+        ("", False),
+        ("[", False),
+    ],
+)
+def test_host_names_are_compared_as_a_whole(host, allowed):
+    assert _host_allowed(host, "rig.local") is allowed
+
+
+@pytest.mark.parametrize("nonsense", ["not json", "[]", "{}", '{"ack": "mask"}', '{"ping": "x"}', "[" * 4000, "7"])
+def test_a_page_that_talks_nonsense_is_hung_up_on(nonsense):
+    async def talk(websocket):
+        await websocket.send_str(nonsense)
+        while not websocket.closed:
+            await websocket.receive()
+        return True
+
+    with publishing() as publisher, Viewer(publisher.endpoint, port=0) as viewer:
+        assert over_websocket(viewer, talk)
+
+
+def test_a_port_in_use_is_one_clear_line():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ViewerError, match=rf"127\.0\.0\.1:{port}.*choose another"):
+            Viewer("tcp://127.0.0.1:5560", port=port).start()
+
+
+def test_it_stops_quickly_with_a_page_connected_and_can_be_run_for_a_while():
+    async def until_closed(websocket):
+        while not websocket.closed:
+            await websocket.receive()
+        return True
+
+    with publishing() as publisher:
+        viewer = Viewer(publisher.endpoint, port=0)
+        viewer.start()
+        threading.Timer(0.3, viewer.stop).start()
+        assert over_websocket(viewer, until_closed)
+        started = time.monotonic()
+        viewer.stop()
+        assert time.monotonic() - started < 3
+        urls: list[str] = []
+        run(publisher.endpoint, port=0, duration_s=0.2, on_ready=urls.append)
+        assert urls[0].startswith("http://127.0.0.1:")
+
+
+# -- the page, in a real browser ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="needs the browser driver: pip install playwright")
+    if not CHROMIUM.exists():
+        pytest.skip("needs a browser: apt-get install chromium")
+    with api.sync_playwright() as playwright:
+        arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.set_default_timeout(15_000)
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda message: problems.append(message.text) if "Content Security" in message.text else None)
+    yield page
+    page.close()
+    assert problems == []
+
+
+def pixel(page, canvas: str) -> np.ndarray:
+    """The colour in the middle of a canvas."""
+    script = """id => { const c = document.getElementById(id);
+        return [...c.getContext("2d").getImageData(c.width >> 1, c.height >> 1, 1, 1).data].slice(0, 3); }"""
+    return np.array(page.evaluate(script, canvas))
+
+
+def text_of(page, selector: str) -> str:
+    return page.locator(selector).inner_text()
+
+
+@pytest.mark.needs_chromium
+def test_the_page_shows_the_pictures_the_mode_the_figures_and_what_the_model_perceives(page):
+    frame_color = (200, 40, 60)
+    context = PublishContext(EngineDescription("openvino", "bf16", "nano", "", "ab" * 32))
+    with (
+        publishing() as publisher,
+        feeding(publisher, lambda i: fused_frame(i, color=frame_color, age_ms=20), 25, context),
+        Viewer(publisher.endpoint, port=0) as viewer,
+    ):
+        page.goto(viewer.url)
+        page.wait_for_selector("#mode[data-mode=fused]")
+        page.wait_for_selector('.tile[data-stream="ir"].live')
+        page.wait_for_selector('.tile[data-stream="vis"].live')
+        page.wait_for_timeout(1200)
+        assert np.abs(pixel(page, "fused") - frame_color).max() <= 6
+        assert np.abs(pixel(page, "visible") - np.array(frame_color) // 2).max() <= 6
+        assert np.abs(pixel(page, "infrared") - 120).max() <= 4
+        assert text_of(page, "#mode") == "fused"
+        assert text_of(page, "#rig") == "car"
+        assert 15 <= int(text_of(page, "#latency")) < 1000
+        assert 10 < float(text_of(page, "#fps")) < 35
+        assert text_of(page, "#degradation-visible [data-kind=low_light]").split() == ["low", "light", "75", "%"]
+        assert "strong" in page.locator("#degradation-visible [data-kind=low_light]").get_attribute("class")
+        assert text_of(page, "#degradation-infrared [data-kind=none]").split() == ["clear", "100", "%"]
+        assert "nano, openvino, bf16" in text_of(page, "#facts")
+        assert "rtcp_ntp ± 1.5 ms" in text_of(page, "#facts")
+        assert "fuse17.5" in text_of(page, "#legend").replace(" ", "").replace("\n", "")
+        assert text_of(page, "#connection") == "connected"
+
+
+@pytest.mark.needs_chromium
+def test_a_lost_camera_a_silent_rig_and_a_gone_viewer_never_look_live(page):
+    with publishing() as publisher, Viewer(publisher.endpoint, port=0) as viewer:
+        page.goto(viewer.url)
+        assert text_of(page, "#mode") == "no signal"
+        with feeding(publisher):
+            page.wait_for_selector('.tile[data-stream="ir"].live')
+        with feeding(publisher, lambda i: fused_frame(100 + i, mode="vis_only")):
+            page.wait_for_selector("#mode[data-mode=vis_only]")
+            page.wait_for_selector('.tile[data-stream="ir"]:not(.live)')
+            assert text_of(page, "#mode") == "visible only"
+            assert "no signal" in text_of(page, '.tile[data-stream="ir"] .veil')
+            assert "live" in page.locator('.tile[data-stream="fused"]').get_attribute("class")
+            assert "absent" in text_of(page, "#facts")
+            assert "fused -> vis_only" in text_of(page, "#events")
+        page.wait_for_selector("#mode[data-mode=none]")  # no frames any more
+        assert text_of(page, "#mode") == "no signal"
+        assert text_of(page, "#latency") == "–"
+        viewer.stop()
+        page.wait_for_selector("#connection[data-state=closed]")
+        assert text_of(page, "#connection") == "viewer is gone"
+
+
+@pytest.mark.needs_chromium
+def test_the_page_comes_back_by_itself_and_fits_a_small_screen(page):
+    page.set_viewport_size({"width": 390, "height": 844})
+    with publishing() as publisher, feeding(publisher):
+        with Viewer(publisher.endpoint, port=0) as viewer:
+            page.goto(viewer.url)
+            page.wait_for_selector("#mode[data-mode=fused]")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        page.wait_for_selector("#connection[data-state=closed]")
+        with Viewer(publisher.endpoint, port=viewer.port):
+            page.wait_for_selector("#connection[data-state=live]")
+            page.wait_for_selector("#mode[data-mode=fused]")
+
+
+@pytest.mark.needs_chromium
+def test_the_javascript_reader_in_the_documentation_reads_the_golden_file(page):
+    code = re.findall(r"```javascript\n(.*?)```", (ROOT / "docs" / "messages.md").read_text(), re.DOTALL)[0]
+    golden = (ROOT / "tests" / "golden" / "v1_fused_raw.bin").read_bytes()
+    script = f"""bytes => {{ {code}
+        const read = readMessage(Uint8Array.from(bytes), (packed) => [...packed]);
+        return [read.topic, read.header, [...read.payload]]; }}"""
+    topic, packed, payload = page.evaluate(script, list(golden))
+    assert topic == "dspf1/golden/fused/raw"
+    assert msgspec.msgpack.decode(bytes(packed))["mode"] == "held"
+    assert payload == [i % 251 for i in range(144)]
