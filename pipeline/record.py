@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Thread
 
 import av
+import cv2
 import numpy as np
 
 from pipeline.errors import ConfigError
@@ -36,6 +37,11 @@ class VideoFile:
         self._last_pts = -1
         self._first_ns: int | None = None
         self.frames = 0
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(width, height), fixed by the first frame."""
+        return None if self._stream is None else (self._stream.width, self._stream.height)
 
     def write(self, image: np.ndarray, time_ns: int) -> None:
         """Adds one frame: uint8 RGB (H, W, 3), all of one size, at `time_ns` on any scale (the first counts as 0)."""
@@ -117,6 +123,13 @@ class BackgroundVideo:
         if self.failure is None:
             self._slot.put((image, time_ns))
 
+    def _write_resized(self, image: np.ndarray, time_ns: int) -> None:
+        """A video has one size, but a lone infrared frame of an uncalibrated rig may have another: it is scaled."""
+        size = self._file.size
+        if size is not None and size != (image.shape[1], image.shape[0]):
+            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        self._file.write(image, time_ns)
+
     def close(self) -> None:
         """Writes what waits and finishes the file."""
         self._slot.close()
@@ -126,7 +139,7 @@ class BackgroundVideo:
         try:
             while True:
                 try:
-                    self._file.write(*self._slot.take())
+                    self._write_resized(*self._slot.take())
                 except HandoverClosed:
                     break
             self._file.close()

@@ -1,0 +1,41 @@
+"""A stand-in for the network where a test is about the pipeline: the per-pixel maximum, at a chosen speed."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, EngineDescription, Priors
+
+
+class MaximumEngine:
+    """Brighter of infrared and visible, per pixel. Its semantic prior is the mean of the visible picture."""
+
+    def __init__(self, fuse_s: float = 0.0, fails_at: int | None = None) -> None:
+        self.description = EngineDescription("openvino", "fp32", "nano", "a stand-in for a test", "0" * 64)
+        self._fuse_s, self._fails_at = fuse_s, fails_at
+        self.calls = 0
+        self.estimates = 0
+        self.closed = False
+
+    def estimate_priors(self, infrared: np.ndarray, visible: np.ndarray) -> Priors:
+        self.estimates += 1
+        token = np.full((16, 8), visible.mean() / 255, np.float32)
+        return Priors(token, token, token, one_hot(INFRARED_DEGRADATIONS), one_hot(VISIBLE_DEGRADATIONS))
+
+    def fuse(self, infrared: np.ndarray, visible: np.ndarray, priors: Priors) -> np.ndarray:
+        self.calls += 1
+        if self.calls == self._fails_at:
+            raise RuntimeError("the runtime gave up")
+        time.sleep(self._fuse_s)
+        return np.maximum(infrared[..., None], visible)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def one_hot(kinds: tuple[str, ...]) -> np.ndarray:
+    probabilities = np.zeros(len(kinds), np.float32)
+    probabilities[0] = 1
+    return probabilities

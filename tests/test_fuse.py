@@ -1,0 +1,94 @@
+"""Priors are estimated now and then and smoothed; the per-frame path takes them as they are."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from pipeline.config import PriorsConfig
+from pipeline.frame import AlignedPair, Frame, FramePair
+from pipeline.fuse import Fuse
+from tests.rigs.engines import MaximumEngine
+
+
+def aligned(
+    level: int = 100, infrared: bool = True, visible: bool = True, weight: np.ndarray | None = None
+) -> AlignedPair:
+    heat = np.full((48, 64), 200, np.uint8)
+    colour = np.full((48, 64, 3), level, np.uint8)
+    mode = "fused" if infrared and visible else "ir_only" if infrared else "vis_only"
+    pair = FramePair(
+        Frame("infrared", heat, 0, 0) if infrared else None, Frame("visible", colour, 0, 0) if visible else None, mode
+    )
+    return AlignedPair(pair, heat if infrared else None, colour if visible else None, weight)
+
+
+def test_in_step_priors_are_estimated_at_fixed_frames():
+    engine = MaximumEngine()
+    fuse = Fuse(engine, PriorsConfig(every_frames=5), background=False)
+    ages = [fuse(aligned()).priors_age_frames for _ in range(11)]
+    assert engine.estimates == 3
+    assert ages == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0]
+
+
+def test_a_new_estimate_moves_the_priors_by_its_share():
+    engine = MaximumEngine()
+    fuse = Fuse(engine, PriorsConfig(every_frames=1, smoothing=0.25, scene_change=200), background=False)
+    fuse(aligned(100))
+    fuse(aligned(140))
+    semantic = fuse.keeper.priors(aligned(140).infrared, aligned(140).visible, (True, True), 1).semantic  # type: ignore[arg-type]
+    assert semantic[0, 0] == pytest.approx((100 + 0.25 * 40) / 255, abs=1e-6)
+
+
+def test_a_scene_change_replaces_the_priors_at_once():
+    engine = MaximumEngine()
+    fuse = Fuse(engine, PriorsConfig(every_frames=1000, smoothing=0.1, scene_change=12), background=False)
+    fuse(aligned(30))
+    fuse(aligned(200))
+    assert engine.estimates == 2
+    fuse(aligned(205))
+    assert engine.estimates == 2
+
+
+def test_losing_a_camera_is_a_new_scene():
+    engine = MaximumEngine()
+    fuse = Fuse(engine, PriorsConfig(every_frames=1000, scene_change=250), background=False)
+    fuse(aligned())
+    fuse(aligned(infrared=False))
+    assert engine.estimates == 2
+
+
+def test_in_the_background_only_the_first_frame_waits():
+    class SlowPriors(MaximumEngine):
+        def estimate_priors(self, infrared, visible):
+            if self.estimates:
+                time.sleep(0.3)
+            return super().estimate_priors(infrared, visible)
+
+    engine = SlowPriors()
+    fuse = Fuse(engine, PriorsConfig(every_frames=1), background=True)
+    results = [fuse(aligned()) for _ in range(20)]
+    assert results[-1].priors_age_frames == 19  # the second estimate is still on its way
+    deadline = time.monotonic() + 5
+    while fuse.keeper.updates < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert fuse.keeper.updates >= 2
+    fuse.close()
+
+
+def test_a_missing_camera_is_black_and_has_no_readout():
+    fused = Fuse(MaximumEngine(), PriorsConfig(), background=False)(aligned(visible=False))
+    assert (fused.image == 200).all()
+    assert set(fused.degradation) == {"infrared"}
+
+
+def test_outside_the_infrared_view_the_visible_picture_stands_alone():
+    weight = np.ones((48, 64), np.float32)
+    weight[:, 32:] = 0
+    weight[:, 31] = 0.5
+    image = Fuse(MaximumEngine(), PriorsConfig(), background=False)(aligned(100, weight=weight)).image
+    assert (image[:, :31] == 200).all()
+    assert (image[:, 32:] == 100).all()
+    assert image[0, 31, 0] in (149, 150, 151)  # half of 200 and half of 100, rounded

@@ -1,0 +1,183 @@
+"""The live pipeline: real threads, real sockets, simulated cameras. Every frame is accounted for."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from calibration.rig_file import save_rig
+from pipeline.client import Client
+from pipeline.config import RigConfig
+from pipeline.errors import PublishError
+from pipeline.live import LivePipeline
+from pipeline.sources.opening import open_source
+from pipeline.sources.synthetic import true_rig
+from pipeline.telemetry import Distribution, Telemetry, write_report
+from tests.rigs.engines import MaximumEngine
+
+
+def rig_config(**changes) -> RigConfig:
+    camera = {"kind": "synthetic", "width": 320, "height": 240, "rate_hz": 25}
+    sections = {
+        "rig": "test",
+        "infrared": camera | {"width": 320, "height": 256} | changes.pop("infrared", {}),
+        "visible": camera | changes.pop("visible", {}),
+        "publish": {"endpoint": "tcp://127.0.0.1:*"},
+    }
+    return RigConfig.model_validate(sections | changes)
+
+
+def assert_every_frame_is_accounted_for(report: dict) -> None:
+    for camera, account in report["accounting"].items():
+        assert account["captured"] == account["used"] + sum(account["dropped"].values()), (camera, account)
+        assert account["captured"] == report["frames_in"][camera]
+
+
+def test_two_cameras_become_fused_messages_for_a_subscriber():
+    pipeline = LivePipeline(rig_config(), engine=MaximumEngine())
+    received = []
+
+    def consume() -> None:
+        with Client(pipeline.endpoint, rig="test") as client:
+            while len(received) < 10:
+                message = client.latest(timeout_s=5)
+                if message.header.mode in ("fused", "held"):  # while a camera still opens, the other one is alone
+                    received.append(message)
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    report = pipeline.run(duration_s=4)
+    consumer.join(timeout=5)
+    assert len(received) == 10
+    assert received[-1].image.shape == (240, 320, 3)
+    assert report["modes"]["fused"] > 40
+    assert report["pairs"] == report["fused"] + sum(report["dropped"].get("fuse", {}).values())
+    assert_every_frame_is_accounted_for(report)
+
+
+def test_the_report_has_the_promised_keys(tmp_path: Path):
+    report = LivePipeline(rig_config(), engine=MaximumEngine()).run(duration_s=1.5)
+    write_report(report, str(tmp_path / "report.json"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert set(report) >= {
+        "frames_in", "pairs", "fused", "published", "dropped", "modes", "fps", "latency_ms", "skew_ms", "engine",
+        "priors", "registration", "fallbacks",
+    }  # fmt: skip
+    assert set(report["modes"]) == {"fused", "ir_only", "vis_only", "held"}
+    assert set(report["latency_ms"]["capture_to_publish"]) == {"p50", "p95", "p99"}
+    assert set(report["engine"]) >= {"runtime", "precision", "variant", "why"}
+    assert report["registration"] == {"state": "uncalibrated"}
+
+
+def test_an_engine_slower_than_the_cameras_drops_the_oldest_and_stays_current():
+    report = LivePipeline(rig_config(), engine=MaximumEngine(fuse_s=0.1)).run(duration_s=4)
+    assert report["dropped"]["fuse"]["overload"] > 20
+    assert 5 <= report["fps"] <= 10.5
+    # Two runs of the model, a frame period, the wait for a partner; a growing queue would be seconds.
+    assert report["latency_ms"]["capture_to_publish"]["p95"] < 500
+    assert_every_frame_is_accounted_for(report)
+
+
+def test_an_engine_that_fails_in_flight_is_replaced_and_reported(monkeypatch: pytest.MonkeyPatch):
+    spare = MaximumEngine()
+    spare.description = replace(spare.description, runtime="pytorch")
+    monkeypatch.setattr("pipeline.live.engine_for", lambda _: spare)
+    report = LivePipeline(rig_config(), engine=MaximumEngine(fails_at=20)).run(duration_s=5)
+    assert report["engine"]["runtime"] == "pytorch"
+    assert any("the runtime gave up" in line for line in report["fallbacks"])
+    assert report["fused"] > 20
+
+
+def test_a_shutter_freeze_is_never_published_as_fused():
+    config = rig_config(infrared={"shutter_every_s": 2.0, "shutter_s": 0.6})
+    ages = []
+
+    def note(fused) -> None:
+        if fused.mode == "fused":
+            ages.append(abs(fused.aligned.pair.skew_ms))
+
+    report = LivePipeline(config, engine=MaximumEngine(), on_fused=note).run(duration_s=5)
+    assert max(ages) <= 1.5 * 40
+    assert report["modes"]["held"] + report["modes"]["vis_only"] > 5
+    assert_every_frame_is_accounted_for(report)
+
+
+def test_stop_ends_the_run_within_two_seconds_and_leaves_a_whole_video(tmp_path: Path):
+    import av
+
+    config = rig_config(output={"video": str(tmp_path / "fused.mp4")})
+    pipeline = LivePipeline(config, engine=MaximumEngine())
+    reports = []
+    thread = threading.Thread(target=lambda: reports.append(pipeline.run()))
+    thread.start()
+    time.sleep(2)
+    asked = time.monotonic()
+    pipeline.stop()
+    thread.join(timeout=10)
+    assert time.monotonic() - asked < 2
+    with av.open(str(tmp_path / "fused.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == reports[0]["fused"]
+    assert [file.name for file in tmp_path.iterdir()] == ["fused.mp4"]
+
+
+def test_pairing_error_against_the_true_capture_time_is_below_half_a_period(monkeypatch: pytest.MonkeyPatch):
+    """Clocks with jitter, drops and unlike phases; the truth is the simulated exposure, not the reported time."""
+    cameras = {}
+
+    def open_and_keep(section, camera):
+        cameras[camera] = open_source(section, camera)
+        return cameras[camera]
+
+    monkeypatch.setattr("pipeline.live.open_source", open_and_keep)
+    faults = {"jitter_ms": 2.0, "drop_share": 0.02}
+    errors_ms = []
+
+    def note(fused) -> None:
+        pair = fused.aligned.pair
+        if fused.mode == "fused":
+            times = [cameras[f.camera].true_capture_ns(f.index) for f in (pair.infrared, pair.visible)]
+            errors_ms.append(abs(times[0] - times[1]) / 1e6)
+
+    config = rig_config(infrared=faults, visible=faults)
+    report = LivePipeline(config, engine=MaximumEngine(), on_fused=note).run(duration_s=5)
+    assert len(errors_ms) > 60, report
+    assert np.percentile(errors_ms, 95) <= 20
+
+
+def test_a_calibrated_rig_is_reported_as_such(tmp_path: Path):
+    config = rig_config()
+    save_rig(true_rig(config.infrared, config.visible), tmp_path / "rig.yaml")  # type: ignore[arg-type]
+    calibrated = config.model_copy(
+        update={"registration": config.registration.model_copy(update={"calibration": str(tmp_path / "rig.yaml")})}
+    )
+    report = LivePipeline(calibrated, engine=MaximumEngine()).run(duration_s=1.5)
+    assert report["registration"]["state"] == "calibrated"
+    assert report["fused"] > 10
+
+
+def test_a_port_in_use_is_one_clear_line_and_leaves_nothing_open():
+    first = LivePipeline(rig_config(), engine=MaximumEngine())
+    config = rig_config(publish={"endpoint": first.endpoint})
+    with pytest.raises(PublishError, match="in use"):
+        LivePipeline(config, engine=MaximumEngine())
+    first.run(duration_s=0.2)
+
+
+def test_percentiles_are_exact_to_one_percent():
+    distribution = Distribution()
+    for value in range(1, 1001):
+        distribution.add(value)
+    assert distribution.percentile(0.5) == pytest.approx(500, rel=0.011)
+    assert distribution.percentile(0.99) == pytest.approx(990, rel=0.011)
+
+
+def test_an_empty_run_has_no_percentiles_and_no_rate():
+    report = Telemetry().report({"infrared": 0, "visible": 0})
+    assert report["fps"] == 0.0
+    assert report["skew_ms"] == {"p50": None, "p95": None}
