@@ -1,0 +1,181 @@
+"""Gain control: 16-bit counts become a steady picture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pipeline.config import GainConfig
+from pipeline.frame import Frame
+from pipeline.gain import InfraredGain
+from pipeline.shutter import Repeats
+
+HEIGHT, WIDTH = 240, 320
+COLUMNS = (100, 170, 290)
+
+
+def scene(index: int, offset: float = 0.0, hot: bool = False, noise: float = 3.0) -> np.ndarray:
+    """A warm gradient of 400 counts about 8000, with detector noise; a hot object fills 4 % of it."""
+    rows, columns = np.mgrid[0:HEIGHT, 0:WIDTH]
+    counts = 8000 + offset + 200 * rows / HEIGHT + 200 * columns / WIDTH
+    if hot:
+        counts[100:160, 40:91] = 12000 + offset
+    return (counts + np.random.default_rng(index).normal(0, noise, counts.shape)).round().astype(np.uint16)
+
+
+def frame(image: np.ndarray, index: int = 0, ms: float | None = None) -> Frame:
+    captured_ns = round((40 * index if ms is None else ms) * 1e6)
+    return Frame("infrared", image, captured_ns, index, bits=8 if image.dtype == np.uint8 else 14)
+
+
+def background_change(pictures: list[np.ndarray]) -> np.ndarray:
+    """Change of the mean grey level from frame to frame, in 12 places where the hot object never is."""
+    places = [
+        [
+            picture[row : row + 20, column : column + 20].mean()
+            for row in (0, 60, 180, 220)
+            for column in (100, 170, 290)
+        ]
+        for picture in pictures
+    ]
+    return np.abs(np.diff(np.array(places), axis=0))
+
+
+def test_the_percentiles_become_black_and_white():
+    picture, info = InfraredGain()(frame(scene(0)))
+    assert picture.dtype == np.uint8
+    assert picture.shape == (HEIGHT, WIDTH)
+    assert info["method"] == "percentile"
+    low, high = np.percentile(scene(0), (1, 99))
+    assert info["low"] == pytest.approx(low, abs=3)
+    assert info["high"] == pytest.approx(high, abs=3)
+    assert (picture == 0).mean() == pytest.approx(0.01, abs=0.005)
+    assert (picture == 255).mean() == pytest.approx(0.01, abs=0.005)
+
+
+def test_the_conversion_is_linear_and_monotonic():
+    counts = np.repeat(np.arange(7000, 9000, dtype=np.uint16)[None], 8, axis=0)
+    picture, info = InfraredGain()(frame(counts))
+    expected = np.clip((counts - info["low"]) * 255 / (info["high"] - info["low"]), 0, 255)
+    assert np.abs(picture.astype(float) - expected).max() <= 1
+    assert (np.diff(picture[0].astype(int)) >= 0).all()
+
+
+@pytest.mark.parametrize("value", [0, 1, 40000, 65535])
+def test_a_flat_wall_is_not_stretched_into_noise(value):
+    counts = np.clip(value + np.random.default_rng(1).normal(0, 2, (64, 64)).round(), 0, 65535).astype(np.uint16)
+    picture, info = InfraredGain(GainConfig(min_span_counts=200))(frame(counts))
+    assert info["high"] - info["low"] == pytest.approx(200)
+    assert picture.std() < 4
+    assert 90 < picture.mean() < 165
+
+
+def test_a_hot_object_that_enters_does_not_change_the_background():
+    gain = InfraredGain()
+    pictures = [gain(frame(scene(index, hot=20 <= index < 120), index))[0] for index in range(220)]
+    change = background_change(pictures)
+    assert np.percentile(change, 99) <= 2.0  # grey levels from one frame to the next
+    assert change.max() <= 2.5
+
+
+def test_the_hot_object_gets_its_own_grey_levels_in_the_end():
+    gain = InfraredGain()
+    for index in range(250):
+        _, info = gain(frame(scene(index, hot=True), index))
+    assert info["high"] == pytest.approx(12000, abs=100)
+
+
+@pytest.mark.parametrize("closed", ["repeats", "sends nothing"])
+def test_when_the_shutter_has_shifted_all_counts_the_picture_stays_as_it_was(closed):
+    gain = InfraredGain()
+    pictures = [gain(frame(scene(index), index))[0] for index in range(30)]
+    if closed == "repeats":
+        pictures += [gain(frame(scene(29), index))[0] for index in range(30, 42)]
+    pictures += [gain(frame(scene(index, offset=60), index))[0] for index in range(42, 60)]
+    assert background_change(pictures).max() <= 2.0
+
+
+def test_without_a_shutter_the_same_shift_would_show():
+    gain = InfraredGain()
+    pictures = [gain(frame(scene(index, offset=60 * (index >= 30)), index))[0] for index in range(60)]
+    assert background_change(pictures).max() > 10
+
+
+def test_a_wholly_different_scene_is_caught_up_with_quickly():
+    gain = InfraredGain()
+    gain(frame(scene(0), 0))
+    for index in range(1, 60):
+        picture, _ = gain(frame(scene(index, offset=5000), index))
+    assert 60 < picture.mean() < 200
+
+
+def test_an_eight_bit_camera_has_its_own_gain_control_and_passes_unchanged():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
+    picture, info = InfraredGain()(frame(image))
+    assert np.array_equal(picture, image)
+    assert info["method"] == "camera"
+
+
+def test_a_black_hot_camera_is_turned_into_white_hot():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
+    assert np.array_equal(InfraredGain(GainConfig(polarity="black_hot"))(frame(image))[0], 255 - image)
+    white, _ = InfraredGain()(frame(scene(0)))
+    black, _ = InfraredGain(GainConfig(polarity="black_hot"))(frame(scene(0)))
+    assert np.array_equal(black, 255 - white)
+
+
+def test_the_input_keeps_its_pixels():
+    image = scene(0)
+    before = image.copy()
+    InfraredGain(GainConfig(polarity="black_hot"))(frame(image))
+    assert np.array_equal(image, before)
+
+
+def test_a_held_frame_gives_the_same_picture_and_moves_nothing():
+    gain, again = InfraredGain(), InfraredGain()
+    for index in range(10):
+        one = frame(scene(index, hot=index > 3), index)
+        first = gain(one)
+        assert gain(one) is first
+        assert np.array_equal(again(one)[0], first[0])
+
+
+def test_two_runs_give_the_same_bits():
+    def run() -> bytes:
+        gain = InfraredGain()
+        return b"".join(gain(frame(scene(index, hot=index > 5), index))[0].tobytes() for index in range(12))
+
+    assert run() == run()
+
+
+def test_a_new_size_begins_anew():
+    gain = InfraredGain()
+    gain(frame(scene(0), 0))
+    picture, info = gain(frame(scene(1, offset=9000)[:120, :160].copy(), 1))
+    assert picture.shape == (120, 160)
+    assert info["low"] > 16000
+
+
+# The shutter
+
+
+def test_repeats_are_counted_until_a_new_picture_comes():
+    repeats = Repeats()
+    one, other = np.zeros((16, 16), np.uint8), np.ones((16, 16), np.uint8)
+    assert [repeats.add(image) for image in (one, one, one, other, other, one)] == [0, 1, 2, 0, 1, 0]
+
+
+def test_three_equal_pictures_in_a_row_are_a_closed_shutter():
+    repeats = Repeats()
+    frozen = []
+    for _ in range(4):
+        repeats.add(np.zeros((16, 16), np.uint16))
+        frozen.append(repeats.frozen)
+    assert frozen == [False, False, True, True]
+
+
+def test_a_source_that_fills_the_same_buffer_again_is_not_mistaken_for_a_closed_shutter():
+    repeats, buffer = Repeats(), np.zeros((16, 16), np.uint16)
+    for value in range(5):
+        buffer[:] = value
+        assert repeats.add(buffer) == 0
