@@ -1,0 +1,468 @@
+"""Network cameras (RTSP, RTP, MPEG-TS over UDP) and video files, read through PyAV.
+
+What the libraries do and users must not see: a connection that is cut ends like a file, errors carry the password, a
+probe keeps a second of pictures back, the parser keeps one, decoder threads keep two, and the pictures before the
+first keyframe are rubbish.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import av
+from av.codec.context import Flags
+from av.container import InputContainer
+from av.packet import Packet
+from av.video.frame import VideoFrame
+from av.video.stream import VideoStream
+
+from pipeline.config import StreamSource
+from pipeline.errors import SourceEnded, SourceError
+from pipeline.frame import Camera, ClockSource, Frame
+from pipeline.redaction import redact, secrets_of
+from pipeline.sources.access_units import AccessUnit, AccessUnits
+from pipeline.sources.base import MAX_PIXELS, Pace
+from pipeline.sources.capture_time import CaptureTime, Timeline
+from pipeline.sources.pictures import to_image
+
+# FFmpeg's log echoes URLs with their passwords, and from decoder threads at that: silence is PyAV's own default.
+av.logging.set_level(None)
+
+# Widened nowhere: with "http" in it a playlist could make this machine fetch from anywhere.
+PROTOCOLS = {
+    "rtsp": "rtsp,rtp,udp,tcp",
+    "rtsps": "rtsps,rtsp,rtp,udp,tcp,tls",
+    "rtp": "rtp,udp",
+    "udp": "udp",
+    "file": "file",
+}
+# Demuxers that take a text for a video, or a list of other files.
+REFUSED_FORMATS = frozenset({"tty", "hls", "concat", "dash", "sdp", "lavfi", "imf"})
+FALLBACK_PERIOD_NS = 40_000_000
+REORDER_NS = 1_000_000_000
+
+
+class StreamCamera:
+    """A network stream (live) or a video file (a recording)."""
+
+    def __init__(self, config: StreamSource, camera: Camera) -> None:
+        """Raises SourceError at once where the URL's scheme is none of rtsp, rtsps, udp, rtp and file."""
+        self.camera: Camera = camera
+        self.config = config
+        self.period_ns: int = 0  # 0: unknown before `open`, or not told by the stream
+        self._secrets = secrets_of(config.url)
+        self._name = redact(config.url, self._secrets)
+        self._scheme = self._scheme_of(config.url)
+        self.live: bool = self._scheme != "file"
+        self._reader: _LiveReader | _FileReader | None = None
+        self._busy = threading.Lock()
+        self._closing = threading.Event()
+        self._index = 0
+
+    def open(self) -> None:
+        self._closing.clear()
+        with self._using():
+            self._let_go()
+            self._reader = self._connect()
+            self.period_ns = self._reader.period_ns
+
+    def grab(self) -> Frame:
+        with self._using():
+            if self._reader is None or self._closing.is_set():
+                raise SourceError(f"{self._name} is closed: open it before a grab")
+            try:
+                frame = self._reader.read(self._index)
+            except av.FFmpegError as error:
+                raise SourceError(self._explain(error, "reading")) from None
+            self.period_ns = self._reader.period_ns
+            self._index = frame.index + 1
+            return frame
+
+    def close(self) -> None:
+        # Freeing a container that another thread reads would crash the process: that thread frees it when it returns,
+        # after the read timeout at the latest.
+        self._closing.set()
+        self._let_go_if_idle()
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
+        try:
+            with self._busy:
+                yield
+        finally:
+            if self._closing.is_set():
+                self._let_go_if_idle()
+
+    def _let_go_if_idle(self) -> None:
+        if self._busy.acquire(blocking=False):
+            try:
+                self._let_go()
+            finally:
+                self._busy.release()
+
+    def _let_go(self) -> None:
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _scheme_of(self, url: str) -> str:
+        scheme, separator, _ = url.partition("://")
+        if not separator:
+            return "file"
+        if scheme.lower() not in PROTOCOLS:
+            raise SourceError(f"{self._name}: {scheme}:// is not read; use rtsp, rtsps, udp, rtp, or a file's path")
+        return scheme.lower()
+
+    def _connect(self) -> _LiveReader | _FileReader:
+        try:
+            if self.live:
+                return self._connect_live()
+            path = self._file_path()
+            return _FileReader(path, self.camera, self.config, self._closing, lambda: self._open_file(path))
+        except av.FFmpegError as error:
+            raise SourceError(self._explain(error, "opening")) from None
+        except (ValueError, UnicodeError, OSError) as error:
+            raise SourceError(redact(f"{self._name} cannot be opened: {error}", self._secrets)) from None
+
+    # Live
+
+    def _connect_live(self) -> _LiveReader:
+        options = {"protocol_whitelist": PROTOCOLS[self._scheme], "max_pixels": str(MAX_PIXELS)}
+        if self._scheme in ("rtsp", "rtsps"):
+            options |= {
+                "rtsp_transport": self.config.transport,
+                "analyzeduration": "100000",  # the camera's description says all; a probe of 1 s is 1 s of old pictures
+                "buffer_size": str(1 << 20),
+                "max_delay": "100000",  # UDP: how long a lost packet is waited for
+            }
+            container = self._open_url(options | {"fflags": "noparse"})
+            # Only H.264 is put together here, and a JPEG comes whole: anything else needs FFmpeg's parser.
+            if container.streams.video and container.streams.video[0].codec_context.name not in ("h264", "mjpeg"):
+                container.close()
+                container = self._open_url(options)
+        else:
+            options |= {"analyzeduration": "1000000", "overrun_nonfatal": "1", "fifo_size": "32768"}
+            container = self._open_url(options)
+        stream = self._video_of(container)
+        parsed = self._scheme not in ("rtsp", "rtsps") or stream.codec_context.name != "h264"
+        return _LiveReader(container, stream, self.camera, self.config.read_timeout_s, self._name, by_packet=not parsed)
+
+    def _open_url(self, options: dict[str, str]) -> InputContainer:
+        timeout = (self.config.connect_timeout_s, self.config.read_timeout_s)
+        return av.open(self.config.url, "r", options=options, timeout=timeout)
+
+    # Files
+
+    def _file_path(self) -> Path:
+        text = self.config.url
+        path = Path(text.partition("://")[2] if "://" in text else text).expanduser()
+        if not path.exists():
+            raise SourceError(f"there is no file {path}: check the path")
+        if path.is_dir():
+            raise SourceError(f"{path} is a folder: give it as a folder source")
+        try:
+            with path.open("rb") as file:
+                empty = not file.read(1)
+        except OSError as error:
+            raise SourceError(f"{path} cannot be read: {error.strerror or 'unknown reason'}") from None
+        if empty:
+            raise SourceError(f"{path} is empty: was its recording interrupted?")
+        return path
+
+    def _open_file(self, path: Path) -> tuple[InputContainer, VideoStream]:
+        # "file:" keeps FFmpeg from taking a colon in the name for a protocol.
+        container = av.open(f"file:{path}", "r", options={"protocol_whitelist": PROTOCOLS["file"]})
+        if set(container.format.name.split(",")) & REFUSED_FORMATS:
+            container.close()
+            raise SourceError(f"{path} is no video: it is a text or a list of other files")
+        stream = self._video_of(container)
+        stream.thread_type = "AUTO"
+        stream.codec_context.thread_count = 2
+        return container, stream
+
+    # Both
+
+    def _video_of(self, container: InputContainer) -> VideoStream:
+        streams = [s for s in container.streams.video if "attached_pic" not in str(s.disposition)]
+        if not streams:
+            container.close()
+            raise SourceError(f"{self._name} has no video in it: is it the right stream?")
+        context = streams[0].codec_context
+        if context is None:
+            container.close()
+            raise SourceError(f"{self._name} has a codec that cannot be decoded here: use H.264, or FFV1 for files")
+        context.options = {"max_pixels": str(MAX_PIXELS)}
+        return streams[0]
+
+    def _explain(self, error: av.FFmpegError, doing: str) -> str:
+        """One line for a failure of FFmpeg. Its own text is not used: it echoes the URL."""
+        config = self.config
+        limit_s = config.connect_timeout_s if doing == "opening" else config.read_timeout_s
+        if isinstance(error, (av.ExitError, TimeoutError)):
+            return f"{self._name} did not answer within {limit_s:g} s: is the camera on, and the network up?"
+        if isinstance(error, ConnectionRefusedError):
+            return f"{self._name} refused the connection: is its RTSP service on, and the port right?"
+        if isinstance(error, (av.HTTPUnauthorizedError, av.HTTPForbiddenError)):
+            return f"{self._name} refused the user name or password: check both in the configuration"
+        if isinstance(error, av.HTTPNotFoundError):
+            return f"{self._name} has no such stream: check the path behind the host"
+        if isinstance(error, (av.InvalidDataError, av.DecoderNotFoundError, av.DemuxerNotFoundError)):
+            return f"{self._name} cannot be decoded: it is damaged, or no video"
+        reason = redact(str(error.strerror or type(error).__name__), self._secrets)
+        return f"{self._name} failed while {doing}: {reason}"
+
+
+class _LiveReader:
+    """One connection to a network camera."""
+
+    def __init__(
+        self,
+        container: InputContainer,
+        stream: VideoStream,
+        camera: Camera,
+        read_timeout_s: float,
+        name: str,
+        by_packet: bool,
+    ) -> None:
+        self._container, self._stream, self._camera = container, stream, camera
+        self._read_timeout_s, self._name = read_timeout_s, name
+        self._context = stream.codec_context
+        stream.thread_type = "NONE"  # frame threads hold two pictures back (measured: 123 ms against 66 ms)
+        self._context.flags |= Flags.low_delay.value
+        self._units = AccessUnits() if by_packet else None
+        self._damaged = 0
+        self._packets = container.demux(stream)
+        self._ready: deque[VideoFrame] = deque()
+        self._time_base: Fraction = stream.time_base or Fraction(1, 90_000)
+        self._timeline = Timeline()
+        self._capture_time = CaptureTime()
+        self._ntp_ns: dict[int, int] = {}
+        self._last_device_ns: int | None = None
+        self._steps_ns: deque[int] = deque(maxlen=25)
+        self._size: tuple[int, int] | None = None
+        self._received_ns = 0
+        self._started = False
+        self._suspect = False
+        self.period_ns = _nominal_period_ns(stream)
+
+    def read(self, index: int) -> Frame:
+        give_up = time.monotonic() + self._read_timeout_s
+        while True:
+            while self._ready:
+                frame = self._accept(self._ready.popleft(), index)
+                if frame is not None:
+                    return frame
+            if time.monotonic() > give_up:
+                raise SourceError(f"{self._name} sent no whole picture for {self._read_timeout_s:g} s: it has stalled")
+            self._receive()
+
+    def close(self) -> None:
+        self._ready.clear()
+        self._container.close()
+
+    def _receive(self) -> None:
+        packet = next(self._packets, None)
+        # A connection that is cut looks like the end of a file: FFmpeg then asks the decoder to flush.
+        if packet is None or packet.size == 0:
+            raise SourceError(f"{self._name} closed the connection")
+        self._received_ns = time.monotonic_ns()
+        self._note_wall_clock(packet)
+        if packet.is_corrupt:
+            self._suspect = True
+        if self._units is None:
+            self._decode(packet)
+            return
+        for unit in self._units.add(bytes(packet), packet.pts):
+            self._decode(self._as_packet(unit))
+        if self._units.damaged != self._damaged:
+            self._damaged, self._suspect = self._units.damaged, True
+
+    def _as_packet(self, unit: AccessUnit) -> Packet[Any]:
+        packet: Packet[Any] = Packet(unit.data)
+        packet.pts, packet.time_base = unit.pts, self._time_base
+        return packet
+
+    def _decode(self, packet: Packet[Any]) -> None:
+        try:
+            self._ready.extend(self._context.decode(packet))
+        except (av.InvalidDataError, av.BugError, av.UnknownError):
+            self._suspect = True  # lost or damaged on the way: the pictures up to the next keyframe build on it
+
+    def _note_wall_clock(self, packet: Packet[Any]) -> None:
+        if packet.pts is None or not packet.has_sidedata("prft"):
+            return
+        reference = bytes(packet.get_sidedata("prft"))
+        if len(reference) >= 8:
+            if len(self._ntp_ns) > 100:
+                self._ntp_ns.clear()
+            self._ntp_ns[packet.pts] = struct.unpack_from("=q", reference)[0] * 1000
+
+    def _accept(self, picture: VideoFrame, index: int) -> Frame | None:
+        """The frame that a picture makes; None before the first keyframe, and for a picture older than the last one."""
+        ntp_ns = None if picture.pts is None else self._ntp_ns.pop(picture.pts, None)
+        missed = self._follow_time(picture)
+        if missed is None:
+            return None
+        if picture.key_frame:
+            self._started, self._suspect = True, False
+        elif missed:
+            self._suspect = True
+        if picture.is_corrupt:
+            self._suspect = True
+        if not self._started:
+            return None
+        self._check_size(picture)
+        image, bits = to_image(picture, self._camera)
+        stamp = self._capture_time.stamp(self._last_device_ns, ntp_ns, self._received_ns)
+        return Frame(
+            camera=self._camera,
+            image=image,
+            captured_ns=stamp.captured_ns,
+            index=index + missed,
+            clock=stamp.clock,
+            clock_error_ns=stamp.error_ns,
+            arrived_ns=time.monotonic_ns(),
+            bits=bits,
+            suspect=self._suspect or picture.is_corrupt,
+        )
+
+    def _follow_time(self, picture: VideoFrame) -> int | None:
+        """How many pictures were lost before this one; None if it is older than the last one."""
+        period_ns = self.period_ns or FALLBACK_PERIOD_NS
+        ticks = self._timeline.repair(picture.pts, round(Fraction(period_ns, 10**9) / self._time_base))
+        device_ns = int(ticks * self._time_base * 10**9)
+        last_ns = self._last_device_ns
+        step_ns = period_ns if last_ns is None else device_ns - last_ns
+        if -REORDER_NS < step_ns <= 0:
+            return None
+        self._last_device_ns = device_ns
+        if last_ns is None or not 0 < step_ns < 10 * REORDER_NS:
+            return 0  # the first picture, or a new time line
+        missed = self._missed(step_ns)
+        self._steps_ns.append(step_ns)
+        if len(self._steps_ns) >= 5:
+            self.period_ns = round(median(self._steps_ns))
+        return missed
+
+    def _missed(self, step_ns: int) -> int:
+        # Only a steady stream shows a hole: one of variable rate would look full of them.
+        steady = len(self._steps_ns) >= 5 and max(self._steps_ns) < 1.5 * min(self._steps_ns)
+        return max(0, round(step_ns / self.period_ns) - 1) if steady and self.period_ns and self._started else 0
+
+    def _check_size(self, picture: VideoFrame) -> None:
+        size = (picture.width, picture.height)
+        if self._size is not None and size != self._size:
+            raise SourceError(f"{self._name} changed its picture from {self._size} to {size}: it is opened again")
+        self._size = size
+
+
+class _FileReader:
+    """One video file: every frame, in order, with exact times."""
+
+    live = False
+
+    def __init__(self, path: Path, camera: Camera, config: StreamSource, closing: threading.Event, reopen: Any) -> None:
+        self._path, self._camera, self._config, self._closing, self._reopen = path, camera, config, closing, reopen
+        self._pace = Pace()
+        self._lap_ns = 0  # where this run through the file begins
+        self._last_ns = -1
+        self._frames = 0
+        self._size: tuple[int, int] | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self._container, self._stream = self._reopen()
+        self.period_ns = _nominal_period_ns(self._stream)
+        self._first_pts: int | None = None
+        self._pictures = self._decode()
+        self._undecodable = 0
+        self._suspect = False
+
+    def read(self, index: int) -> Frame:
+        picture = self._next_picture()
+        missed, self._undecodable = self._undecodable, 0
+        self._check_size(picture)
+        relative_ns = self._relative_ns(picture)
+        image, bits = to_image(picture, self._camera)
+        captured_ns = relative_ns
+        if self._config.realtime:
+            captured_ns = self._pace.due_ns(relative_ns)
+            self._pace.wait(captured_ns, self._closing)
+        clock: ClockSource = "file"
+        return Frame(
+            camera=self._camera,
+            image=image,
+            captured_ns=captured_ns,
+            index=index + missed,
+            clock=clock,
+            arrived_ns=time.monotonic_ns(),
+            bits=bits,
+            suspect=self._suspect or picture.is_corrupt,
+        )
+
+    def close(self) -> None:
+        self._container.close()
+
+    def _next_picture(self) -> VideoFrame:
+        picture = next(self._pictures, None)
+        if picture is None and self._frames and self._config.loop:
+            self._container.close()
+            self._lap_ns = self._last_ns + (self.period_ns or FALLBACK_PERIOD_NS)
+            self._start()
+            picture = next(self._pictures, None)
+        if picture is not None:
+            self._frames += 1
+            return picture
+        if not self._frames:
+            raise SourceError(f"{self._path} holds not one whole frame: was its recording interrupted?")
+        raise SourceEnded(f"all {self._frames} frames of {self._path.name} have been read")
+
+    def _decode(self) -> Iterator[VideoFrame]:
+        for packet in self._container.demux(self._stream):
+            try:
+                pictures = packet.decode()
+            except av.InvalidDataError:
+                self._undecodable += 1
+                self._suspect = True
+                continue
+            except EOFError:
+                return
+            for picture in pictures:
+                if picture.key_frame:
+                    self._suspect = False
+                yield picture
+
+    def _relative_ns(self, picture: VideoFrame) -> int:
+        """Nanoseconds since the recording's first frame. Always later than the frame before's."""
+        period_ns = self.period_ns or FALLBACK_PERIOD_NS
+        if picture.pts is None or picture.time_base is None:
+            relative_ns = self._last_ns + period_ns if self._last_ns >= 0 else 0
+        else:
+            if self._first_pts is None:
+                self._first_pts = picture.pts
+            relative_ns = self._lap_ns + round((picture.pts - self._first_pts) * picture.time_base * 10**9)
+        if relative_ns <= self._last_ns:
+            relative_ns = self._last_ns + period_ns
+        self._last_ns = relative_ns
+        return relative_ns
+
+    def _check_size(self, picture: VideoFrame) -> None:
+        size = (picture.width, picture.height)
+        if self._size is not None and size != self._size:
+            raise SourceError(f"{self._path} changes its picture from {self._size} to {size}: split it into two files")
+        self._size = size
+
+
+def _nominal_period_ns(stream: VideoStream) -> int:
+    """From the stream's own rate, 0 where it tells none. A live stream's is corrected by what arrives."""
+    rate = stream.average_rate or stream.guessed_rate
+    return round(1_000_000_000 / rate) if rate and 1 <= rate <= 1000 else 0
