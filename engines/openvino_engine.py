@@ -16,7 +16,8 @@ import tempfile
 import threading
 import types
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -158,7 +159,8 @@ class OpenVINOEngine:
         if (entry := self.cache.find(key)) is not None:
             reference = self._read(entry, _read_reference)
         if reference is None:
-            reference = Reference.of(self._reference())
+            with _one_torch_thread():
+                reference = Reference.of(self._reference())
             self.cache.store(key, lambda folder: _write_reference(folder, reference))
         return refuse_unless_close(self, reference)
 
@@ -200,7 +202,8 @@ class OpenVINOEngine:
         key = self._key("model", (height, width))
         if (entry := self.cache.find(key)) is not None and (models := self._read(entry, self._read_models)) is not None:
             return dict(models)
-        converted = self._convert(height, width)
+        with _one_torch_thread():
+            converted = self._convert(height, width)
 
         def write(folder: Path) -> None:
             for graph, model in converted.items():
@@ -304,6 +307,19 @@ class _Program:
         copies = [np.array(outputs[index]) for index in range(len(outputs))]
         self._idle.append(request)
         return copies
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Converting is many tiny steps: two threads waiting for each other took 28 s of processor time, one takes 10 s."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def weights_sha256(variant: str, weights: Path | None) -> str:
