@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 
 from pipeline.capture import Capture
-from pipeline.config import CaptureConfig
+from pipeline.config import CaptureConfig, SyncConfig, SyntheticSource
 from pipeline.errors import SourceEnded, SourceError
 from pipeline.frame import Camera, Frame
 from pipeline.handover import HandoverClosed, Latest, Queue
+from pipeline.sources.synthetic import SyntheticCamera
+from pipeline.sync import Sync
 
 QUICK = CaptureConfig(stall_ms=60, backoff_s=0.002, max_backoff_s=0.004)
 CANARY = "rtsp://admin:canary-7391@10.0.0.5/main"
@@ -384,3 +387,39 @@ def test_a_consumer_that_closes_ends_the_capture(run):
     queue.close()
     assert capture.join(2)
     assert capture.captured == len(queue) + capture.dropped["stopping"]
+
+
+# Both simulated cameras, live, through synchronisation
+
+
+def test_two_live_cameras_are_paired_and_every_frame_is_accounted_for():
+    size = {"width": 96, "height": 64, "drop_share": 0.03, "jitter_ms": 1.0}
+    sources = [
+        SyntheticCamera(SyntheticSource(rate_hz=rate_hz, **size), camera)
+        for camera, rate_hz in (("infrared", 25), ("visible", 30))
+    ]
+    inbox: Latest[Frame] = Latest(16)
+    captures = [Capture(source, inbox.put, CaptureConfig()).start() for source in sources]
+    sync, pairs, taken = Sync(SyncConfig()), [], {"infrared": 0, "visible": 0}
+
+    def add(frame: Frame) -> None:
+        taken[frame.camera] += 1
+        sync.add(frame, time.monotonic_ns())
+
+    end = time.monotonic() + 2.0
+    while time.monotonic() < end:
+        with contextlib.suppress(TimeoutError):
+            add(inbox.take(0.01))
+        pairs += sync.poll(time.monotonic_ns())
+    assert all([capture.stop() for capture in captures])
+    inbox.close()
+    with contextlib.suppress(HandoverClosed):
+        while True:
+            add(inbox.take(0))
+    pairs += sync.flush()
+    assert sum(pair.mode == "fused" for pair in pairs) >= 10
+    pushed_out = sum(capture.dropped.total() for capture in captures)
+    assert sum(capture.captured for capture in captures) == sum(taken.values()) + pushed_out
+    for capture in captures:
+        camera = capture.source.camera
+        assert taken[camera] == sync.account.used[camera] + sync.dropped[camera].total()

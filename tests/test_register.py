@@ -6,13 +6,14 @@ import cv2
 import numpy as np
 import pytest
 
-from calibration.rig import CalibrationError, CameraModel, Rig
-from calibration.rig_file import save_rig
-from pipeline.config import RegistrationConfig
+from calibration.rig import CalibrationError, CameraModel, Rig, infrared_map
+from calibration.rig_file import load_rig, save_rig
+from pipeline.config import RegistrationConfig, SyntheticSource
 from pipeline.errors import ConfigError
 from pipeline.frame import Frame, FramePair
 from pipeline.gain import InfraredGain
 from pipeline.register import Register
+from pipeline.sources.synthetic import project, true_rig
 
 VISIBLE, INFRARED = (320, 240), (200, 160)
 PLANE_M = 12.0
@@ -202,3 +203,19 @@ def test_a_stream_that_changes_its_size_goes_on_uncalibrated_and_stops_calibrate
 def test_an_unusable_calibration_is_refused_at_the_start(tmp_path):
     with pytest.raises(CalibrationError, match="cannot read"):
         Register(RegistrationConfig(calibration=str(tmp_path / "none.yaml")), InfraredGain())
+
+
+@pytest.mark.parametrize("plane_m", [5.0, 20.0])
+def test_on_the_simulated_rig_the_map_follows_the_true_geometry(tmp_path, plane_m):
+    truth = true_rig(SyntheticSource(width=320, height=256), SyntheticSource(width=640, height=480), plane_m)
+    save_rig(truth, tmp_path / "rig.yaml")
+    map_x, map_y, weight = infrared_map(load_rig(tmp_path / "rig.yaml"), feather_px=0)
+    x, y = np.meshgrid(np.linspace(-0.7, 0.7, 60), np.linspace(-0.6, 0.6, 60))
+    seen, felt = project(truth, np.stack([x.ravel(), y.ravel(), np.ones(x.size)], axis=1) * plane_m)
+    column, row = seen.astype(np.float32).T
+    found = np.stack([cv2.remap(plane, column, row, cv2.INTER_LINEAR).ravel() for plane in (map_x, map_y)], axis=1)
+    common = np.array([inside(s, (640, 480), 1) and inside(f, (320, 256), 1) for s, f in zip(seen, felt, strict=True)])
+    assert common.sum() > 250
+    error = np.linalg.norm(found - felt, axis=1)[common]
+    assert error.mean() <= 0.05  # pixels of the infrared camera
+    assert weight.mean() > 0.3
