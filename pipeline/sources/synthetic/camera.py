@@ -17,6 +17,7 @@ from pipeline.errors import SourceEnded, SourceError
 from pipeline.frame import Camera, ClockSource, Frame
 from pipeline.sources.synthetic import geometry
 from pipeline.sources.synthetic.render import Renderer, build_renderer
+from pipeline.sources.synthetic.street import LOOKS
 
 LATENCY_NS = {"visible": 9_000_000, "infrared": 14_000_000}  # exposure's middle -> frame in our hands
 DRIVER_BUFFERS = 4  # a reader who is later than this many frames loses the oldest
@@ -127,9 +128,13 @@ class SyntheticCamera:
         picture = self._build(clean=True).draw(self.world_s(true_ns), hide)
         return picture if self.camera == "visible" else _to_counts(picture)
 
-    def coverage(self, name: str, true_ns: int) -> np.ndarray:
-        """How much of each pixel a moving thing covers at a true time: float32 (H, W) in [0, 1]."""
-        return (self._renderer or self._build()).coverage(name, self.world_s(true_ns))
+    def coverage(self, name: str, true_ns: int, occluded: bool = True) -> np.ndarray:
+        """How much of each pixel a moving thing covers at a true time: float32 (H, W) in [0, 1].
+
+        Args:
+            occluded: take off what other things and the street hide of it.
+        """
+        return (self._renderer or self._build()).coverage(name, self.world_s(true_ns), occluded)
 
     def known_points(self, true_ns: int) -> dict[str, np.ndarray]:
         """Points of all moving things at a true time, by name: (N, 3) metres, in visible coordinates.
@@ -278,8 +283,6 @@ class _Faults:
 
 def _signed_sheets(random: np.random.Generator, shape: tuple[int, int, int], scene: str) -> list[np.ndarray]:
     """Noise as two uint8 sheets, what it adds and what it takes: 8-bit sums are ten times as fast as float."""
-    from pipeline.sources.synthetic.street import LOOKS
-
     noise = np.rint(random.standard_normal(shape, dtype=np.float32) * LOOKS[scene].noise_levels)
     return [np.clip(noise, 0, 255).astype(np.uint8), np.clip(-noise, 0, 255).astype(np.uint8)]
 

@@ -7,7 +7,7 @@ interest, through the lens exactly: pixel -> ray -> point on the panel. Nothing 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -51,6 +51,17 @@ class Backdrop:
     matrix: np.ndarray  # (3, 3): ray -> plane pixel
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """One moving panel in one picture."""
+
+    thing: Thing
+    panel: Panel
+    texture: Texture
+    region: tuple[slice, slice]
+    camera_from_texture: np.ndarray  # (3, 3)
+
+
 class Renderer:
     """Draws one camera's picture at any moment. Holds no state that a picture depends on."""
 
@@ -81,36 +92,38 @@ class Renderer:
         picture = _remap(self._backdrop.image, plane, cv2.BORDER_REPLICATE)
         if self.camera == "visible":
             picture = cv2.cvtColor(picture, cv2.COLOR_RGBA2RGB)
-        from_world = self.from_world(world_s)
-        for thing in self.street.things(world_s):
-            if thing.name not in hide:
-                for panel in thing.panels:
-                    self._draw_panel(picture, plane, panel, thing, from_world)
-                if thing.headlights is not None and self._glares:
-                    self._draw_glare(picture, thing, from_world)
+        for seen in self._seen(world_s, hide):
+            self._draw_panel(picture, plane, seen)
         if self.camera == "infrared":
             sigma = INFRARED_BLUR_PX * self.model.width / 640
-            return cv2.GaussianBlur(picture, (0, 0), sigma) if sigma > 0.25 else picture
+            return cv2.GaussianBlur(picture, (5, 5), sigma) if sigma > 0.25 else picture
+        # Glare arises in the lens, so it lies over all that is in the scene.
+        for thing in self.street.things(world_s) if self._glares else ():
+            if thing.headlights is not None and thing.name not in hide:
+                self._draw_glare(picture, thing, self.from_world(world_s))
         if self._rain is not None and rain_seed is not None:
             _add_rain(picture, self._rain, rain_seed, self.look.rain)
         return picture
 
-    def coverage(self, name: str, world_s: float) -> np.ndarray:
-        """How much of each pixel one thing covers, with what hides it taken off: float32 (H, W) in [0, 1]."""
+    def coverage(self, name: str, world_s: float, occluded: bool = True) -> np.ndarray:
+        """How much of each pixel one thing covers: float32 (H, W) in [0, 1].
+
+        Args:
+            occluded: take off what other things and the street hide of it.
+        """
         plane = self._plane_map(world_s)
         covered = np.zeros(self._rays.shape[:2], np.float32)
-        from_world = self.from_world(world_s)
-        for thing in self.street.things(world_s):
-            for panel in (p for p in thing.panels if p.opaque):
-                found = self._sample(plane, panel, from_world, thing.distance_m)
-                if found is None:
-                    continue
-                region, level, where, visible_share = found
-                alpha = _remap(panel.pyramid[level].alpha, where) * visible_share
-                if thing.name == name:
-                    covered[region] = covered[region] * (1 - alpha) + alpha
-                else:
-                    covered[region] *= 1 - alpha
+        for seen in self._seen(world_s, ()):
+            itself = seen.thing.name == name
+            if not seen.panel.opaque or not (occluded or itself):
+                continue
+            where, unhidden = self._look_at(seen, plane)
+            alpha = _remap(seen.texture.alpha, where)
+            if occluded:
+                alpha *= unhidden
+            covered[seen.region] *= 1 - alpha
+            if itself:
+                covered[seen.region] += alpha
         return covered
 
     def _plane_map(self, world_s: float) -> np.ndarray:
@@ -120,40 +133,33 @@ class Renderer:
         turned = self._from_visible[:3, :3] @ geometry.sway_rotation(world_s) @ self._from_visible[:3, :3].T
         return cv2.perspectiveTransform(self._rays, self._backdrop.matrix @ turned.T)
 
-    def _sample(
-        self, plane: np.ndarray, panel: Panel, from_world: np.ndarray, distance_m: float
-    ) -> tuple[tuple[slice, slice], int, np.ndarray, np.ndarray] | None:
-        """The region that a panel covers, its level of detail, where each pixel looks on it, and what is unhidden."""
-        outline = _outline(panel, from_world)
-        if outline is None:
-            return None
-        pixels = geometry.project_camera(self.model, outline)
-        region = _region(pixels, self.model)
-        if region is None:
-            return None
-        # Detail: the texture level whose pixels are about as large as the picture's, at the panel's middle.
-        metres = _patch_metres(panel)
-        spread = pixels.max(axis=0) - pixels.min(axis=0)
-        if spread.min() < SLIVER_PX:
-            return None
-        picture_px_per_m = float(np.hypot(*spread)) / metres
-        level = _level(panel.pyramid, picture_px_per_m)
-        camera_from_texture = _camera_from_texture(panel, level, from_world)
-        where = cv2.perspectiveTransform(np.ascontiguousarray(self._rays[region]), np.linalg.inv(camera_from_texture))
-        depth = _remap(self._backdrop.depth, plane[region], cv2.BORDER_REPLICATE, cv2.INTER_NEAREST)
-        unhidden = (depth > distance_m - OCCLUSION_M).astype(np.float32)
-        return region, level, where, unhidden
+    def _seen(self, world_s: float, hide: Collection[str]) -> Iterator[_Seen]:
+        """The moving panels that reach into the picture, farthest first."""
+        from_world = self.from_world(world_s)
+        shadows = self.camera == "visible" and self.look.shadow > 0
+        parts = [
+            (thing, panel)
+            for thing in self.street.things(world_s)
+            if thing.name not in hide
+            for panel in thing.panels
+            if panel.opaque or shadows
+        ]
+        placements = _placements([panel for _, panel in parts], from_world, self.model)
+        for (thing, panel), placement in zip(parts, placements, strict=True):
+            if placement is not None:
+                region, level = placement
+                yield _Seen(thing, panel, panel.pyramid[level], region, _camera_from_texture(panel, level, from_world))
 
-    def _draw_panel(
-        self, picture: np.ndarray, plane: np.ndarray, panel: Panel, thing: Thing, from_world: np.ndarray
-    ) -> None:
-        if not panel.opaque and (self.camera == "infrared" or self.look.shadow == 0):
-            return
-        found = self._sample(plane, panel, from_world, thing.distance_m)
-        if found is None:
-            return
-        region, level, where, unhidden = found
-        texture = panel.pyramid[level]
+    def _look_at(self, seen: _Seen, plane: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where each pixel of the region looks on the texture, and whether nothing static hides it: 0 or 1."""
+        rays = np.ascontiguousarray(self._rays[seen.region])
+        where = cv2.perspectiveTransform(rays, np.linalg.inv(seen.camera_from_texture))
+        depth = _remap(self._backdrop.depth, plane[seen.region], cv2.BORDER_REPLICATE, cv2.INTER_NEAREST)
+        return where, (depth > seen.thing.distance_m - OCCLUSION_M).astype(np.float32)
+
+    def _draw_panel(self, picture: np.ndarray, plane: np.ndarray, seen: _Seen) -> None:
+        where, unhidden = self._look_at(seen, plane)
+        thing, panel, texture, region = seen.thing, seen.panel, seen.texture, seen.region
         if self.camera == "infrared":
             heat, alpha = cv2.split(_remap(texture.thermal, where))
             heat = _through_air_counts(heat, alpha, thing.distance_m, self.look)
@@ -217,39 +223,44 @@ def _camera_from_texture(panel: Panel, level: int, from_world: np.ndarray) -> np
 # Shares of a panel's width and height around its rim; with the middles, because a lens bends long edges.
 _RIM = np.array([(0, 0), (0.5, 0), (1, 0), (1, 0.5), (1, 1), (0.5, 1), (0, 1), (0, 0.5)])
 
+Region = tuple[slice, slice]
 
-def _outline(panel: Panel, from_world: np.ndarray) -> np.ndarray | None:
-    """Points around a panel's rim in camera coordinates, cut off in front of the camera; None: all behind it."""
-    base = panel.pyramid[0]
-    sides = np.array((panel.right, panel.down)) * ((base.width_m,), (base.height_m,))
-    right, down = sides @ from_world[:3, :3].T
-    corner = from_world[:3, :3] @ panel.corner + from_world[:3, 3]
-    points = corner + _RIM @ np.array((right, down))
-    if points[:, 2].max() < NEAREST_M:
-        return None
-    behind = points[:, 2] < NEAREST_M
-    if behind.any():
+
+def _placements(panels: Sequence[Panel], from_world: np.ndarray, model: CameraModel) -> list[tuple[Region, int] | None]:
+    """For each panel the region of the picture that it may cover, and the level of detail for its size there.
+
+    None: outside the picture, behind the camera or seen edge-on. All panels in one go, because NumPy's price is per
+    call: one by one, this was a quarter of a picture's time.
+    """
+    if not panels:
+        return []
+    size_m = np.array([(panel.pyramid[0].width_m, panel.pyramid[0].height_m) for panel in panels])
+    sides = np.array([(panel.right, panel.down) for panel in panels]) * size_m[..., None] @ from_world[:3, :3].T
+    corners = geometry.transform_points(from_world, np.array([panel.corner for panel in panels]))
+    points = corners[:, None] + _RIM @ sides  # (P, 8, 3)
+    too_near = points[..., 2] < NEAREST_M
+    for index in np.flatnonzero(too_near.any(axis=1)):
         # Slide what is too near along the panel's steeper side until it is just in front of the camera.
-        edge = right if abs(right[2]) >= abs(down[2]) else down
-        points[behind] += ((NEAREST_M - points[behind, 2]) / edge[2])[:, None] * edge
-    return points
-
-
-def _region(pixels: np.ndarray, model: CameraModel) -> tuple[slice, slice] | None:
-    left, top = np.floor(pixels.min(axis=0)).astype(int) - 2
-    right, bottom = np.ceil(pixels.max(axis=0)).astype(int) + 3
-    left, top, right, bottom = max(0, left), max(0, top), min(model.width, right), min(model.height, bottom)
-    if right <= left or bottom <= top:
-        return None
-    return slice(top, bottom), slice(left, right)
-
-
-def _patch_metres(panel: Panel) -> float:
-    base = panel.pyramid[0]
-    return float(np.hypot(base.width_m, base.height_m))
+        edge = max(sides[index], key=lambda side: abs(side[2]))
+        moved = points[index, too_near[index]]
+        points[index, too_near[index]] = moved + ((NEAREST_M - moved[:, 2:]) / edge[2]) * edge
+    pixels = geometry.project_camera(model, points.reshape(-1, 3)).reshape(len(panels), -1, 2)
+    low, high = pixels.min(axis=1), pixels.max(axis=1)
+    hidden = too_near.all(axis=1) | ((high - low).min(axis=1) < SLIVER_PX)
+    px_per_m = np.hypot(*(high - low).T) / np.hypot(*size_m.T)
+    starts = np.maximum(np.floor(low) - 2, 0).astype(int)
+    stops = np.minimum(np.ceil(high) + 3, (model.width, model.height)).astype(int)
+    hidden |= (stops <= starts).any(axis=1)
+    return [
+        None if gone else ((slice(top, bottom), slice(left, right)), _level(panel.pyramid, detail))
+        for panel, gone, (left, top), (right, bottom), detail in zip(
+            panels, hidden.tolist(), starts.tolist(), stops.tolist(), px_per_m.tolist(), strict=True
+        )
+    ]
 
 
 def _level(pyramid: tuple[Texture, ...], picture_px_per_m: float) -> int:
+    """The coarsest texture that is still as fine as the picture."""
     level = 0
     while level + 1 < len(pyramid) and pyramid[level + 1].pixels_per_m >= 0.9 * picture_px_per_m:
         level += 1
@@ -302,17 +313,11 @@ def _averaged(layer: np.ndarray) -> np.ndarray:
 def _paint_layers(view: Renderer, matrix: np.ndarray, width: int, height: int) -> dict[str, np.ndarray]:
     from_world = view.from_world(None)
     layers = _paint_sky_and_ground(view, matrix, width, height, from_world)
-    for panel in view.street.panels:
-        outline = _outline(panel, from_world)
-        if outline is None:
+    plane = CameraModel(width, height, matrix)
+    for panel, placement in zip(view.street.panels, _placements(view.street.panels, from_world, plane), strict=True):
+        if placement is None:
             continue
-        rays = outline[:, :2] / outline[:, 2:3]
-        pixels = rays * matrix[0, 0] + matrix[:2, 2]
-        plane = CameraModel(width, height, matrix)
-        region = _region(pixels, plane)
-        if region is None:
-            continue
-        level = _level(panel.pyramid, float(np.hypot(*np.ptp(pixels, axis=0))) / _patch_metres(panel))
+        region, level = placement
         origin = np.array([[1, 0, region[1].start], [0, 1, region[0].start], [0, 0, 1]], np.float64)
         to_camera = _camera_from_texture(panel, level, from_world)
         to_texture = np.linalg.inv(to_camera) @ np.linalg.inv(matrix) @ origin
@@ -366,19 +371,23 @@ def _paint_sky_and_ground(
     random = np.random.default_rng([view.street.seed, 4])
     elevation = np.clip(-direction[1] / np.maximum(direction[2], 1e-3) / 0.5, 0, 1)
     cloud = _clouds(random, direction, elevation)
+    # Half of the picture has no ground: only the rows below the horizon are worked out.
+    first = int(np.argmax(ground.any(axis=1))) if ground.any() else height
+    below = x[first:], z[first:], depth[first:]
     if view.camera == "infrared":
         low = view.look.sky_counts + 550
-        sky = low + (view.look.sky_counts - low) * np.sqrt(elevation) + 160 * cloud
-        heat = np.where(ground, _ground_heat(random, x, z, depth, view.look), sky)
+        heat = low + (view.look.sky_counts - low) * np.sqrt(elevation) + 160 * cloud
+        heat[first:] = np.where(ground[first:], _ground_heat(random, *below, view.look), heat[first:])
         return {"heat": heat.astype(np.float32), "depth": depth}
     top, horizon = np.array(view.look.sky_top, np.float32), np.array(view.look.sky_low, np.float32)
-    sky = horizon + (top - horizon) * np.sqrt(elevation)[..., None]
-    white = 0.75 if view.look.lamp_light == 0 and view.look.fog_per_m == 0 else 0.12
-    sky = sky + (np.minimum(horizon * 1.12, 255) - sky) * (cloud * white)[..., None]
+    white = np.float32(0.75 if view.look.lamp_light == 0 and view.look.fog_per_m == 0 else 0.12)
     # The sky is a light: kept apart from what the ambient light falls on.
-    colour = np.where(ground[..., None], _ground_colour(random, x, z, depth), 0)
-    glow = np.where(ground[..., None], 0, sky)
-    return {"colour": colour.astype(np.float32), "glow": glow.astype(np.float32), "depth": depth}
+    glow = horizon + (top - horizon) * np.sqrt(elevation)[..., None]
+    glow += (np.minimum(horizon * np.float32(1.12), 255) - glow) * (cloud * white)[..., None]
+    glow[ground] = 0
+    colour = np.zeros((height, width, 3), np.float32)
+    colour[first:] = np.where(ground[first:, :, None], _ground_colour(random, *below), 0)
+    return {"colour": colour, "glow": glow.astype(np.float32), "depth": depth}
 
 
 def _clouds(random: np.random.Generator, direction: list[np.ndarray], elevation: np.ndarray) -> np.ndarray:

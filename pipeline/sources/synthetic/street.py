@@ -6,6 +6,7 @@ Everything is a flat `Panel` at a true place, so both cameras see true parallax;
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Literal
@@ -52,13 +53,13 @@ class Look:
 
 
 _NIGHT = Look(
-    ambient=(0.085, 0.095, 0.135),
+    ambient=(0.065, 0.072, 0.105),
     sky_top=(5, 7, 15),
     sky_low=(22, 21, 27),
-    lamp_light=0.62,
+    lamp_light=0.42,
     glow=1.0,
     glare=1.0,
-    noise_levels=6.0,
+    noise_levels=7.0,
     shadow=0.0,
     ground_counts=8080.0,
     sky_counts=7050.0,
@@ -225,18 +226,29 @@ class Street:
         return sorted((mover.at(world_s) for mover in self.movers), key=lambda thing: -thing.distance_m)
 
 
-@lru_cache(maxsize=4)
+_painting = threading.Lock()
+
+
 def build_street(seed: int, scene: str) -> Street:
-    """Paints a street. Both cameras of one rig share it."""
-    look = LOOKS[scene]
-    static: list[tuple[float, Panel]] = []
-    static += _houses(seed)
-    static.append((FAR_M, upright(build_pyramid(paint.paint_skyline(seed, 8060)), -2.0, FAR_M)))
+    """The street of a seed. Both cameras of one rig share it, so the second one to open waits for the first."""
+    with _painting:
+        return _paint_street(seed, scene)
+
+
+@lru_cache(maxsize=8)
+def _paint_street(seed: int, scene: str) -> Street:
+    panels, lamps = _paint_fixed(seed)
+    return Street(seed, scene, LOOKS[scene], panels, lamps, (*_walkers(seed, scene), *_drivers(seed, scene)))
+
+
+@lru_cache(maxsize=2)
+def _paint_fixed(seed: int) -> tuple[tuple[Panel, ...], np.ndarray]:
+    """What never moves, farthest first, and the lamps' heads; the same in every scene."""
     lamps: list[tuple[float, float, float]] = []
-    static += _furniture(seed, lamps)
+    static = _houses(seed) + _furniture(seed, lamps)
+    static.append((FAR_M, upright(build_pyramid(paint.paint_skyline(seed, 8060)), -2.0, FAR_M)))
     static.sort(key=lambda item: -item[0])
-    movers: tuple[Walker | Driver, ...] = (*_walkers(seed, scene), *_drivers(seed, scene))
-    return Street(seed, scene, look, tuple(panel for _, panel in static), np.array(lamps), movers)
+    return tuple(panel for _, panel in static), np.array(lamps)
 
 
 _WALLS: tuple[tuple[Colour, bool], ...] = (
@@ -322,12 +334,21 @@ def _walkers(seed: int, scene: str) -> list[Walker]:
             bag=(126, 84, 40) if random.random() < 0.4 else None,
             height_m=float(random.uniform(1.62, 1.84)),
         )
-        cycle = [paint.paint_person(person, i, not along, PERSON_COUNTS) for i in range(paint.PERSON_PHASES)]
-        pictures = tuple(build_pyramid(texture) for texture in cycle)
-        mirrored = pictures if along else tuple(build_pyramid(texture.mirrored()) for texture in cycle)
+        pictures, mirrored = _paint_cycle(person, along)
         phase_m = phase + float(random.uniform(-0.8, 0.8))
         walkers.append(Walker(name, pictures, mirrored, along, (x, z), span, speed, phase_m, person.height_m))
     return walkers
+
+
+Cycle = tuple[tuple[Texture, ...], ...]  # a pyramid per phase
+
+
+@lru_cache(maxsize=16)
+def _paint_cycle(person: paint.Person, along: bool) -> tuple[Cycle, Cycle]:
+    """A person's steps, and the same mirrored."""
+    textures = [paint.paint_person(person, i, not along, PERSON_COUNTS) for i in range(paint.PERSON_PHASES)]
+    pictures = tuple(build_pyramid(texture) for texture in textures)
+    return pictures, pictures if along else tuple(build_pyramid(texture.mirrored()) for texture in textures)
 
 
 def _drivers(seed: int, scene: str) -> list[Driver]:
