@@ -135,6 +135,29 @@ def test_a_message_that_waited_for_too_long_is_not_the_present():
             client.latest(0.1, max_age_s=0.1)
 
 
+def test_a_backlog_is_skipped_even_when_the_clocks_of_the_machines_differ():
+    hour_ns = 3600 * 1_000_000_000
+    with Sender() as sender, Client(sender.endpoint, "car") as client:
+        sender.wait_for_subscriber()
+        sender.send(0, published_ns=time.time_ns() - hour_ns)  # the publisher's clock is an hour behind
+        assert client.latest(5).header.sequence == 0
+        sender.send(1, published_ns=time.time_ns() - hour_ns - 2_000_000_000)  # two seconds on its way
+        with pytest.raises(TimeoutError):
+            client.latest(0.2)
+        sender.send(2, published_ns=time.time_ns() - hour_ns)
+        assert client.latest(5).header.sequence == 2
+
+
+def test_a_clock_that_was_set_does_not_make_messages_late():
+    with Sender() as sender, Client(sender.endpoint, "car") as client:
+        sender.wait_for_subscriber()
+        sender.send(0)
+        client.latest(5)
+        clock_step = 1 << messages.STATE_FLAGS.index("clock_step")
+        sender.send(1, published_ns=time.time_ns() - 60_000_000_000, flags=clock_step)
+        assert client.latest(5).header.sequence == 1
+
+
 def test_latest_after_all_starts_from_the_present():
     with publishing() as publisher, feeding(publisher, rate_hz=60), Client(publisher.endpoint, "car") as client:
         for _, _ in zip(client.all(5), range(3), strict=False):
