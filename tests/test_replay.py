@@ -1,0 +1,166 @@
+"""Replay drops nothing, keeps the order, and repeats itself bit by bit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+
+import av
+import pytest
+
+from pipeline.client import Client
+from pipeline.config import PublishConfig
+from pipeline.errors import ConfigError, SourceError
+from pipeline.live import engine_for
+from pipeline.replay import ReplayConfig, replay
+from tests.rigs.engines import MaximumEngine
+from tests.rigs.recordings import write_video
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> dict[str, str]:
+    return {
+        "infrared": str(write_video(tmp_path / "ir.mkv", colour=False)),
+        "visible": str(write_video(tmp_path / "vis.mkv")),
+    }
+
+
+def frames_in(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_as_many_frames_come_out_as_pairs_went_in_and_three_runs_are_equal(tmp_path: Path, pair, suffix: str):
+    digests = set()
+    for run in range(3):
+        output = tmp_path / f"fused{run}.{suffix}"
+        report = replay(ReplayConfig(**pair, output=str(output)), engine=MaximumEngine())
+        assert report["pairs"] == report["fused"] == frames_in(output) == 12
+        digests.add(digest(output))
+    assert len(digests) == 1
+
+
+def test_two_folders_replay_in_name_order(tmp_path: Path):
+    import cv2
+    import numpy as np
+
+    for name, channels in (("ir", 1), ("vis", 3)):
+        (tmp_path / name).mkdir()
+        for index in (1, 2, 10):
+            image = np.full((32, 48, channels), 10 * index, np.uint8)
+            cv2.imwrite(str(tmp_path / name / f"{index}.png"), image)
+    levels = []
+    config = ReplayConfig(infrared=str(tmp_path / "ir"), visible=str(tmp_path / "vis"))
+    report = replay(config, engine=MaximumEngine(), on_fused=lambda fused: levels.append(int(fused.image[0, 0, 0])))
+    assert levels == [10, 20, 100]
+    assert report["modes"]["fused"] == 3
+
+
+def test_a_longer_recording_goes_on_alone(tmp_path: Path):
+    infrared = write_video(tmp_path / "ir.mkv", frames=10, colour=False)
+    visible = write_video(tmp_path / "vis.mkv", frames=25)
+    report = replay(ReplayConfig(infrared=str(infrared), visible=str(visible)), engine=MaximumEngine())
+    assert report["fused"] == 25
+    assert report["modes"]["vis_only"] >= 10
+    for account in report["accounting"].values():
+        assert account["captured"] == account["used"] + sum(account["dropped"].values())
+
+
+def test_every_fused_frame_of_a_replay_reaches_a_subscriber(pair):
+    endpoint = "tcp://127.0.0.1:58123"
+    received = []
+
+    def consume(ready: threading.Event) -> None:
+        with Client(endpoint, rig="replay", codec="raw") as client:
+            ready.set()
+            for message in client.all(timeout_s=10):
+                received.append(message.header.sequence)
+                if len(received) == 11:
+                    return
+
+    ready = threading.Event()
+    consumer = threading.Thread(target=consume, args=(ready,))
+    consumer.start()
+    ready.wait(5)
+    config = ReplayConfig(**pair, rate_hz=10, publish=PublishConfig(endpoint=endpoint))
+    report = replay(config, engine=MaximumEngine())
+    consumer.join(timeout=15)
+    assert report["published"] == 12
+    # The subscription may take the first frame's time to arrive; from then on there is no gap.
+    assert received == list(range(received[0], received[0] + len(received)))
+    assert len(received) >= 11
+
+
+def test_stopping_early_leaves_a_whole_video_of_what_was_fused(tmp_path: Path, pair):
+    count = []
+    config = ReplayConfig(**pair, output=str(tmp_path / "fused.mp4"))
+    replay(config, engine=MaximumEngine(), on_fused=count.append, stopped=lambda: len(count) >= 5)
+    assert frames_in(tmp_path / "fused.mp4") == 5
+
+
+@pytest.mark.parametrize(
+    ("prepare", "complaint"),
+    [
+        (lambda folder, pair: pair | {"infrared": str(folder / "absent.mkv")}, "does not exist"),
+        (lambda folder, pair: pair | {"visible": str(text_file(folder))}, "cannot be read as a video"),
+        (lambda folder, pair: {"infrared": pair["visible"], "visible": pair["infrared"]}, "look swapped"),
+        (lambda folder, pair: pair | {"infrared": str(other_rate(folder))}, "one of the rates is wrong"),
+        (lambda folder, pair: pair | {"visible": str(empty_folder(folder))}, "has no frames"),
+    ],
+    ids=["missing file", "text instead of video", "swapped", "equal length at another rate", "zero frames"],
+)
+def test_bad_input_is_one_clear_line_and_nothing_is_written(tmp_path: Path, pair, prepare, complaint: str):
+    output = tmp_path / "out" / "fused.mp4"
+    output.parent.mkdir()
+    config = ReplayConfig(**prepare(tmp_path, pair), output=str(output))
+    with pytest.raises(SourceError, match=complaint) as raised:
+        replay(config, engine=MaximumEngine())
+    assert "\n" not in str(raised.value)
+    assert list(output.parent.iterdir()) == []
+
+
+def text_file(folder: Path) -> Path:
+    path = folder / "notes.mkv"
+    path.write_text("this is no video\n" * 50)
+    return path
+
+
+def other_rate(folder: Path) -> Path:
+    return write_video(folder / "slow.mkv", rate=10, colour=False)
+
+
+def empty_folder(folder: Path) -> Path:
+    (folder / "empty").mkdir()
+    return folder / "empty"
+
+
+def test_an_output_that_is_no_video_name_is_refused_before_anything_runs(pair):
+    engine = MaximumEngine()
+    with pytest.raises(ConfigError, match=r"\.mp4 or \.mkv"):
+        replay(ReplayConfig(**pair, output="fused.txt"), engine=engine)
+    assert engine.calls == 0
+
+
+@pytest.mark.realdata
+def test_every_registered_clip_gives_a_video_of_as_many_frames_and_repeats_itself(data_dir: Path, tmp_path: Path):
+    from pipeline.config import EngineConfig
+
+    clips = [clip for clip in json.loads((data_dir / "video" / "index.json").read_text()) if clip["aligned"] != "no"]
+    clips = [clip for clip in clips if "raw" not in clip["group"]]
+    assert len(clips) >= 10
+    for number, clip in enumerate(clips):
+        names = {"infrared": str(data_dir / "video" / clip["ir"]), "visible": str(data_dir / "video" / clip["vi"])}
+        digests = set()
+        for run in range(3 if number == 0 else 1):
+            output = tmp_path / f"{number}_{run}.mp4"
+            report = replay(ReplayConfig(**names, output=str(output)), engine=engine_for(EngineConfig()))
+            assert report["fused"] == frames_in(output) == clip["frames"], clip["name"]
+            digests.add(digest(output))
+        assert len(digests) == 1
