@@ -31,7 +31,7 @@ log = logging.getLogger("dspfusion.capture")
 
 State = Literal["connecting", "live", "stalled", "shutter", "lost", "backoff", "ended"]
 
-RECYCLE_S = 2.5  # a connection that stays silent this long is closed and opened anew
+RECYCLE_S = 2.5  # by default
 FIRST_FRAME_S = 15.0  # after opening; a stream may have to wait for its first keyframe
 STABLE_S = 2.0  # a connection that held this long starts the backoff from the beginning
 
@@ -45,10 +45,16 @@ class Capture:
         sink: takes a frame and returns how many older ones it pushed out (`Latest.put`, or the blocking `Queue.put`
             for recordings). It ends the capture by raising HandoverClosed.
         config: patience and backoff.
+        recycle_s: a connection that stays silent this long is closed from outside. Longer than the source's own read
+            timeout, which should come first.
     """
 
     def __init__(
-        self, source: Source, sink: Callable[[Frame], int | None], config: CaptureConfig | None = None
+        self,
+        source: Source,
+        sink: Callable[[Frame], int | None],
+        config: CaptureConfig | None = None,
+        recycle_s: float = RECYCLE_S,
     ) -> None:
         self.source = source
         self.captured = 0
@@ -60,6 +66,7 @@ class Capture:
         self.failure: Exception | None = None  # why a recording could not be read to its end
         self._sink = sink
         self._config = config or CaptureConfig()
+        self._recycle_s = recycle_s
         self._stopping = Event()
         self._phase: State = "connecting"
         self._waiting_since_ns: int | None = None  # start of the grab that blocks now
@@ -245,7 +252,7 @@ class Capture:
     def _recycle_limit_ns(self, state: State) -> int:
         if state == "connecting":
             return round(FIRST_FRAME_S * 1e9)
-        return max(round(RECYCLE_S * 1e9), 2 * self.stall_limit_ns)
+        return max(round(self._recycle_s * 1e9), 2 * self.stall_limit_ns)
 
     def _silent_ns(self) -> int:
         """How long the present grab has been waiting; 0 while a frame is handed on: a slow consumer is no stall."""

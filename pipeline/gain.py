@@ -94,7 +94,7 @@ class InfraredGain:
             if after_gap or self._was_frozen:
                 limits = limits.shifted(middle - self._median)
             clipped = np.count_nonzero(sample < limits.low) + np.count_nonzero(sample > limits.high)
-            limits = self._step(limits, target, hurry=clipped > HURRY_CLIPPED_SHARE * sample.size)
+            limits = self._step(limits, target, hurry=bool(clipped > HURRY_CLIPPED_SHARE * sample.size))
         self._limits, self._median, self._was_frozen = limits, middle, False
         return limits
 

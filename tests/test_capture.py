@@ -70,8 +70,8 @@ def run():
     captures: list[Capture] = []
     sources: list[FakeCamera] = []
 
-    def start(source: FakeCamera, sink=lambda frame: 0, config: CaptureConfig = QUICK) -> Capture:
-        captures.append(Capture(source, sink, config))
+    def start(source: FakeCamera, sink=lambda frame: 0, config: CaptureConfig = QUICK, **options) -> Capture:
+        captures.append(Capture(source, sink, config, **options))
         sources.append(source)
         return captures[-1].start()
 
@@ -231,11 +231,10 @@ def test_a_slow_camera_is_granted_three_periods():
     assert Capture(source, lambda frame: 0, CaptureConfig(stall_ms=250)).stall_limit_ns == 250_000_000
 
 
-def test_a_connection_that_stays_silent_is_closed_from_outside_and_renewed(run, monkeypatch):
-    monkeypatch.setattr("pipeline.capture.RECYCLE_S", 0.15)
+def test_a_connection_that_stays_silent_is_closed_from_outside_and_renewed(run):
     source = FakeCamera()
     source.on_grab = lambda: source.block() if source.opened == 1 and source.index == 5 else None
-    capture = run(source)
+    capture = run(source, recycle_s=0.15)
     until(lambda: capture.captured >= 10)
     assert source.opened == 2
     assert capture.reconnects == 1
