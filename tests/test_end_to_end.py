@@ -1,0 +1,143 @@
+"""The main job over real parts: two RTSP cameras, the command `dspfusion run`, a subscriber in another process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from pipeline.client import Client
+from pipeline.config import RigConfig
+from pipeline.live import LivePipeline
+from tests.rigs.engines import MaximumEngine
+from tests.rigs.rtsp_server import RtspServer, free_port, missing_gst, rtsp_server
+
+pytestmark = [
+    pytest.mark.needs_gst,
+    pytest.mark.skipif(missing_gst() is not None, reason=missing_gst() or ""),
+]
+COMMAND = [sys.executable, "-m", "pipeline.cli"]
+PASSWORD = "canary-3f9"
+
+
+@contextmanager
+def two_servers(**options) -> Iterator[tuple[RtspServer, RtspServer]]:
+    """One server per camera, so that one of them can die."""
+    with rtsp_server(**options) as infrared, rtsp_server(**options) as visible:
+        yield infrared, visible
+
+
+def run_for(seconds: float, folder: Path) -> tuple[dict, dict, str]:
+    """`dspfusion run` on two RTSP cameras and `dspfusion subscribe`, each a process: (report, subscriber, output)."""
+    endpoint = f"tcp://127.0.0.1:{free_port()}"
+    with two_servers(user=f"operator:{PASSWORD}") as (infrared, visible):
+        (folder / "rig.yaml").write_text(
+            "version: 1\nrig: gate\n"
+            f'infrared: {{kind: stream, url: "{infrared.url("ir", f"operator:{PASSWORD}")}"}}\n'
+            f'visible: {{kind: stream, url: "{visible.url("vis", f"operator:{PASSWORD}")}"}}\n'
+            f'publish: {{endpoint: "{endpoint}", streams: [fused]}}\n'
+        )
+        arguments = [
+            "run",
+            str(folder / "rig.yaml"),
+            "--duration",
+            str(seconds),
+            "--report",
+            str(folder / "report.json"),
+        ]
+        rig = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        subscriber = subprocess.Popen(
+            [*COMMAND, "subscribe", endpoint, "--json", "-", "--duration", str(seconds)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            output, _ = rig.communicate(timeout=seconds + 60)
+            received, _ = subscriber.communicate(timeout=30)
+        finally:
+            rig.kill()
+            subscriber.kill()
+    assert rig.returncode == 0, output
+    return json.loads((folder / "report.json").read_text()), json.loads(received), output
+
+
+def assert_accounted(report: dict) -> None:
+    for account in report["accounting"].values():
+        assert account["captured"] == account["used"] + sum(account["dropped"].values())
+
+
+def test_two_rtsp_cameras_are_fused_and_reach_a_subscriber_in_another_process(tmp_path: Path):
+    report, received, output = run_for(12, tmp_path)
+    assert report["modes"]["fused"] > 120
+    assert report["frames_in"]["ir"] > 150
+    assert_accounted(report)
+    assert report["engine"]["variant"] == "nano"
+    assert received["messages"] > 100
+    assert received["modes"]["fused"] > 100
+    assert received["gaps"] == report["dropped"].get("publish", {}).get("replaced", 0)
+    assert PASSWORD not in output + json.dumps(report) + json.dumps(received)
+
+
+@pytest.mark.benchmarks
+@pytest.mark.timeout(200)
+def test_sixty_seconds_at_25_hz(tmp_path: Path):
+    report, received, _ = run_for(60, tmp_path)
+    figures = {key: report[key] for key in ("fps", "frames_in", "modes", "dropped", "latency_ms", "skew_ms", "engine")}
+    print("\n" + json.dumps(figures | {"subscriber": received}, indent=1))
+    assert_accounted(report)
+
+
+def test_a_dead_camera_leaves_the_other_one_on_air_and_comes_back(tmp_path: Path):
+    """Kill the infrared server: single mode within 300 ms of the last infrared frame; restart it: fused again."""
+    timeline: list[tuple[int, str]] = []
+    with two_servers() as (infrared, visible):
+        config = RigConfig.model_validate(
+            {
+                "rig": "gate",
+                "infrared": {"kind": "stream", "url": infrared.url("ir"), "read_timeout_s": 1},
+                "visible": {"kind": "stream", "url": visible.url("vis"), "read_timeout_s": 1},
+                "capture": {"max_backoff_s": 1},
+                "publish": {"endpoint": "tcp://127.0.0.1:*"},
+            }
+        )
+        pipeline = LivePipeline(
+            config,
+            engine=MaximumEngine(),
+            on_fused=lambda fused: timeline.append((time.monotonic_ns(), fused.mode)),
+        )
+        reports = []
+        thread = threading.Thread(target=lambda: reports.append(pipeline.run()))
+        thread.start()
+        try:
+            wait_for(lambda: [mode for _, mode in timeline[-20:]].count("fused") >= 18, 20)
+            infrared.kill()
+            killed_ns = time.monotonic_ns()
+            wait_for(lambda: timeline[-1][1] == "vis_only", 5)
+            with Client(pipeline.endpoint, rig="gate") as client:
+                assert client.latest(timeout_s=2).header.mode == "vis_only"
+            time.sleep(2)
+            infrared.restart()
+            wait_for(lambda: [mode for _, mode in timeline[-10:]].count("fused") >= 9, 20)
+        finally:
+            pipeline.stop()
+            thread.join(timeout=10)
+    single_ns = next(when for when, mode in timeline if when > killed_ns and mode == "vis_only")
+    assert (single_ns - killed_ns) / 1e6 <= 300
+    longest_ms = max(b[0] - a[0] for a, b in zip(timeline[20:], timeline[21:], strict=False)) / 1e6
+    assert longest_ms <= 400  # the visible camera goes on at 40 ms; never a pause while one camera lives
+    assert reports[0]["cameras"]["infrared"]["reconnects"] >= 1
+    assert_accounted(reports[0])
+
+
+def wait_for(condition, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.02)
