@@ -18,6 +18,7 @@ Colour = tuple[int, int, int]
 COLDEST_COUNTS = 6900.0  # what heat code 0 stands for
 COUNTS_PER_CODE = 10.0  # codes are uint8, so the street spans 6900 to 9450 counts
 SUPERSAMPLING = 2
+_FRACTION_BITS = 4  # of coordinates given to OpenCV
 BLACK: Colour = (0, 0, 0)
 
 
@@ -102,7 +103,7 @@ class Canvas:
     ) -> None:
         points = [np.array([self._pixel(x, y) for x, y in corners], np.int32)]
         for layer, value in self._values(colour, counts, glow):
-            cv2.fillPoly(layer, points, value, lineType=cv2.LINE_8)
+            cv2.fillPoly(layer, points, value, lineType=cv2.LINE_8, shift=_FRACTION_BITS)
 
     def line(
         self,
@@ -116,7 +117,7 @@ class Canvas:
         pixels = [np.array([self._pixel(x, y) for x, y in points], np.int32)]
         thickness = max(1, round(width * self._scale))
         for layer, value in self._values(colour, counts, glow):
-            cv2.polylines(layer, pixels, False, value, thickness, lineType=cv2.LINE_8)
+            cv2.polylines(layer, pixels, False, value, thickness, lineType=cv2.LINE_8, shift=_FRACTION_BITS)
 
     def ellipse(
         self,
@@ -128,19 +129,18 @@ class Canvas:
         counts: float,
         glow: Colour = BLACK,
     ) -> None:
-        axes = max(1, round(radius_x * self._scale)), max(1, round(radius_y * self._scale))
+        axes = self._fraction(max(1, radius_x * self._scale)), self._fraction(max(1, radius_y * self._scale))
         for layer, value in self._values(colour, counts, glow):
-            cv2.ellipse(layer, self._pixel(x, y), axes, 0, 0, 360, value, -1, lineType=cv2.LINE_8)
+            cv2.ellipse(layer, self._pixel(x, y), axes, 0, 0, 360, value, -1, lineType=cv2.LINE_8, shift=_FRACTION_BITS)
 
     def text(self, x: float, y: float, height: float, words: str, colour: Colour, glow: Colour = BLACK) -> None:
         """Paint has the temperature of what it is painted on: text changes the colour only."""
         size = height * self._scale / 22  # the font's capitals are 22 pixels high at scale 1
         thickness = max(1, round(size * 2.4))
+        corner = round(x * self._scale), round(self.alpha.shape[0] - y * self._scale)
         for layer, value in ((self.colour, colour), (self.glow, glow)):
             if layer is self.colour or any(glow):
-                cv2.putText(
-                    layer, words, self._pixel(x, y), cv2.FONT_HERSHEY_SIMPLEX, size, value, thickness, cv2.LINE_AA
-                )
+                cv2.putText(layer, words, corner, cv2.FONT_HERSHEY_SIMPLEX, size, value, thickness, cv2.LINE_AA)
 
     def grain(self, seed: int, colour_sigma: float, heat_sigma_counts: float, cell_m: float = 0.05) -> None:
         """Roughens what has been painted so far: fine grain and soft blotches."""
@@ -177,7 +177,12 @@ class Canvas:
         return Texture(small(self.colour), small(self.glow), small(heat), small(alpha), self._pixels_per_m)
 
     def _pixel(self, x: float, y: float) -> tuple[int, int]:
-        return round(x * self._scale), round(self.alpha.shape[0] - y * self._scale)
+        """A place for OpenCV, whose pixel centres are whole numbers and whose fractions are integers."""
+        return self._fraction(x * self._scale - 0.5), self._fraction(self.alpha.shape[0] - y * self._scale - 0.5)
+
+    @staticmethod
+    def _fraction(pixels: float) -> int:
+        return round(pixels * (1 << _FRACTION_BITS))
 
     def _values(self, colour: Colour, counts: float, glow: Colour) -> tuple[tuple[np.ndarray, tuple[int, ...]], ...]:
         return (self.colour, colour), (self.glow, glow), (self.heat, (code(counts),)), (self.alpha, (255,))
