@@ -1,0 +1,143 @@
+"""What spoils a picture, drawn with a seed: for training, and for showing that the network undoes it.
+
+Kinds are named as in `engines.base`. Pictures are float32 in [0, 1], visible (H, W, 3) RGB and infrared (H, W); the
+input is left as it was, and equal seeds give equal pixels. `strength` in [0, 1] goes through the range of a kind, 0
+being just visible.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS
+
+Picture = NDArray[np.float32]
+Kind = Callable[[Picture, float, np.random.Generator], Picture]
+
+
+def degrade_visible(picture: Picture, kind: str, seed: int, strength: float = 0.5) -> Picture:
+    """A visible picture with the degradation `kind` of VISIBLE_DEGRADATIONS.
+
+    Raises:
+        ValueError: the kind is unknown, or the strength is outside [0, 1].
+    """
+    return _apply(_VISIBLE, picture, kind, seed, strength)
+
+
+def degrade_infrared(picture: Picture, kind: str, seed: int, strength: float = 0.5) -> Picture:
+    """An infrared picture with the degradation `kind` of INFRARED_DEGRADATIONS.
+
+    Raises:
+        ValueError: the kind is unknown, or the strength is outside [0, 1].
+    """
+    return _apply(_INFRARED, picture, kind, seed, strength)
+
+
+def _apply(kinds: dict[str, Kind], picture: Picture, kind: str, seed: int, strength: float) -> Picture:
+    if kind not in kinds:
+        raise ValueError(f"there is no degradation '{kind}': choose one of {', '.join(kinds)}")
+    if not 0 <= strength <= 1:
+        raise ValueError(f"the strength of a degradation lies in [0, 1], not {strength}")
+    spoiled = kinds[kind](picture, strength, np.random.default_rng(seed))
+    return np.clip(spoiled, 0, 1).astype(np.float32)
+
+
+def _within(strength: float, least: float, most: float) -> float:
+    return least + strength * (most - least)
+
+
+def _normal(shape: tuple[int, ...], random: np.random.Generator) -> Picture:
+    return random.standard_normal(shape, dtype=np.float32)
+
+
+def _smooth_field(shape: tuple[int, ...], random: np.random.Generator) -> Picture:
+    """A smooth random field in [0, 1] of height and width as `shape`."""
+    coarse = random.random((4, 4), dtype=np.float32)
+    return np.clip(cv2.resize(coarse, shape[1::-1], interpolation=cv2.INTER_CUBIC), 0, 1).astype(np.float32)
+
+
+def _none(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
+    return picture.copy()
+
+
+def _low_light(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
+    """Gamma 1.5 to 3, shot noise of the few photons left, and read noise."""
+    dark = picture ** _within(strength, 1.5, 3.0)
+    photons = _within(strength, 2000, 300)
+    read = random.uniform(0.2, 1.0) * _within(strength, 0.02, 0.06)
+    return dark + np.sqrt(dark / photons + read**2) * _normal(dark.shape, random)
+
+
+def _over_exposure(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
+    """Gain with a flattened shoulder: bright parts clip."""
+    return (picture * _within(strength, 1.3, 2.4)) ** _within(strength, 0.95, 0.75)
+
+
+def _blur(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
+    """Defocus (Gaussian), or motion along a line."""
+    if random.random() < 0.7:
+        return np.asarray(cv2.GaussianBlur(picture, (0, 0), _within(strength, 0.8, 2.8)), dtype=np.float32)
+    return np.asarray(
+        cv2.filter2D(picture, -1, _line(int(_within(strength, 4, 13)), random.uniform(0, 180))), np.float32
+    )
+
+
+def _line(length: int, angle_deg: float) -> Picture:
+    """A line through the middle of a square kernel, summing to one."""
+    size = length | 1
+    kernel = np.zeros((size, size), np.float32)
+    reach = size // 2 * np.array([np.cos(np.deg2rad(angle_deg)), np.sin(np.deg2rad(angle_deg))])
+    start, end = np.rint([size // 2 - reach, size // 2 + reach]).astype(int)
+    cv2.line(kernel, start.tolist(), end.tolist(), 1.0)
+    return np.asarray(kernel / kernel.sum(), dtype=np.float32)
+
+
+def _noise(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
+    return picture + _within(strength, 0.015, 0.1) * _normal(picture.shape, random)
+
+
+def _rain(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
+    """Bright streaks in one direction, and a thin veil."""
+    height, width = picture.shape[:2]
+    drops = (random.random((height, width), dtype=np.float32) < _within(strength, 0.001, 0.004)).astype(np.float32)
+    length = int(random.integers(11, 30))
+    streaks = cv2.filter2D(drops, -1, _line(length, 90 + random.uniform(-30, 30)) * length)
+    streaks = cv2.GaussianBlur(streaks, (0, 0), random.uniform(0.4, 1.0))
+    layer = np.minimum(streaks * _within(strength, 0.25, 0.7), 1)[..., None]
+    veil = _within(strength, 0.0, 0.1)
+    return (picture * (1 - veil) + 0.8 * veil) + layer * (1 - picture) * 0.9
+
+
+def _haze(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
+    """Air light that thickens across the picture: no stretch of the whole picture undoes it."""
+    air = random.uniform(0.7, 0.95)
+    depth = 0.6 + 0.8 * _smooth_field(picture.shape, random)
+    kept = np.exp(-_within(strength, 0.25, 1.1) * depth)[..., None]
+    return np.asarray(picture * kept + air * (1 - kept), dtype=np.float32)
+
+
+def _low_contrast(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
+    """Squeezed about its mean."""
+    mean = float(picture.mean())
+    return (picture - mean) * _within(strength, 0.6, 0.25) + mean + random.uniform(-0.05, 0.05)
+
+
+def _stripes(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
+    """Offsets of columns (seldom rows), as of an uncalibrated microbolometer, with some noise."""
+    sigma = _within(strength, 0.015, 0.07)
+    across_rows = random.random() < 0.15
+    offsets = sigma * _normal((picture.shape[0] if across_rows else picture.shape[1],), random)
+    noise = random.uniform(0, 0.8) * sigma * _normal(picture.shape, random)
+    return picture + (offsets[:, None] if across_rows else offsets[None]) + noise
+
+
+_VISIBLE: dict[str, Kind] = dict(
+    zip(VISIBLE_DEGRADATIONS, (_none, _low_light, _over_exposure, _blur, _noise, _rain, _haze), strict=True)
+)
+_INFRARED: dict[str, Kind] = dict(
+    zip(INFRARED_DEGRADATIONS, (_none, _low_contrast, _noise, _stripes, _blur), strict=True)
+)

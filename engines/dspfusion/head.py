@@ -1,0 +1,72 @@
+"""From features to the fused picture.
+
+`VisibleHead` is the published one: what the network adds to the visible picture. `RestoredHead` starts from the
+brighter source at every pixel. Trained for minutes, the first loses infrared detail (VIF 0.75 on clean pairs after
+twenty minutes) and the second has it from the start (0.93 after nine).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+RED, GREEN, BLUE = 0.299, 0.587, 0.114  # luminance of full-range BT.601
+GATE_AT_START = 2.2  # sigmoid(2.2) = 0.9: the first output is close to the brighter source
+
+
+class VisibleHead(nn.Module):
+    """tanh(features + visible), in [-1, 1], mapped to [0, 1]."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(width, 3, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor, infrared: Tensor, visible: Tensor) -> Tensor:
+        return torch.tanh(self.project(x) + (2 * visible - 1)) * 0.5 + 0.5
+
+
+class RestoredHead(nn.Module):
+    """Restores both sources by a gain and an offset at every pixel, then lifts the visible one towards a brighter
+    infrared.
+
+    Gains let a smooth correction keep full-resolution detail (a dark picture needs a gain); offsets repaint what a
+    gain cannot (noise, stripes). Colour is the visible picture's own chroma, corrected the same way. All of it
+    happens on unshuffled pictures, (B, step * step, H / step, W / step): compilers are several times slower on planes
+    of one channel.
+    """
+
+    MAPS = 8  # visible gain, offset; infrared gain, offset; gate; chroma gain; blue and red chroma offset
+
+    def __init__(self, width: int, step: int) -> None:
+        super().__init__()
+        self.step = step
+        # One layer a map: cutting one wide result into maps costs a copy in every compiled engine.
+        layers = [nn.Conv2d(width, step**2, 1) for _ in range(self.MAPS)]
+        self.maps = nn.ModuleList(layers)
+        for layer in layers:
+            assert layer.bias is not None
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+        # Fixed strided convolutions unshuffle the pictures and turn RGB into luminance and colour differences.
+        one = torch.eye(step**2).reshape(step**2, 1, step, step)
+        colours = torch.tensor([[RED, GREEN, BLUE], [-RED, -GREEN, 1 - BLUE], [1 - RED, -GREEN, -BLUE]])
+        self.register_buffer("plain", one, persistent=False)
+        self.register_buffer("colours", (one * colours[:, None, :, None, None]).flatten(0, 1), persistent=False)
+
+    plain: Tensor
+    colours: Tensor
+
+    def forward(self, x: Tensor, infrared: Tensor, visible: Tensor) -> Tensor:
+        maps = [layer(x) for layer in self.maps]
+        infrared = F.conv2d(infrared, self.plain, stride=self.step)
+        luminance, blue, red = (F.conv2d(visible, kernel, stride=self.step) for kernel in self.colours.chunk(3))
+        restored_visible = luminance + maps[0] * luminance + maps[1]
+        restored_infrared = infrared + maps[2] * infrared + maps[3]
+        gate = torch.sigmoid(maps[4] + GATE_AT_START)
+        fused = restored_visible + gate * F.relu(restored_infrared - restored_visible)
+        blue = blue + blue * maps[5] + maps[6]  # 1.772 Cb
+        red = red + red * maps[5] + maps[7]  # 1.402 Cr
+        green = blue * (-BLUE / GREEN) + red * (-RED / GREEN)  # keeps the luminance
+        picture = torch.cat([fused + red, fused + green, fused + blue], 1).clamp(0, 1)
+        return F.pixel_shuffle(picture, self.step)

@@ -1,0 +1,194 @@
+"""DSPFusion: image fusion guided by a degradation prior and a semantic prior (arXiv 2503.23355).
+
+Two paths. `estimate_priors` reads the tokens of a scene now and then; `forward` fuses every frame with the tokens at
+hand.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS
+from engines.dspfusion.blocks import (
+    Downsample,
+    DualPriorGuidance,
+    PriorGuidedFusion,
+    SemanticIntegration,
+    TransformerBlock,
+    Upsample,
+)
+from engines.dspfusion.diffusion import SemanticDiffusion
+from engines.dspfusion.head import RestoredHead, VisibleHead
+from engines.dspfusion.priors import TOKENS, PriorEncoder, TokenPyramid, mosaic, thumbnail
+from engines.dspfusion.variants import Variant
+
+
+class PriorTokens(NamedTuple):
+    """What the network knows about a pair of frames as a whole."""
+
+    degradation_infrared: Tensor  # (B, 16, Cd)
+    degradation_visible: Tensor  # (B, 16, Cd)
+    semantic: Tensor  # (B, 16, Cs)
+    infrared_logits: Tensor  # (B, 5), in the order of INFRARED_DEGRADATIONS
+    visible_logits: Tensor  # (B, 7), in the order of VISIBLE_DEGRADATIONS
+    infrared_embedding: Tensor  # (B, Cd), 128 wide in the published size
+    visible_embedding: Tensor  # (B, Cd)
+
+
+class FusionUNet(nn.Module):
+    """Restores and fuses: one encoder for both modalities, gates at every level, one decoder."""
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+        widths, levels = variant.widths, len(variant.widths)
+        step = variant.unshuffle
+        # A patch of step x step pixels becomes one position; without reduction, the usual 3x3 convolution.
+        self.enter = nn.Conv2d(3, widths[0], step, step) if step > 1 else nn.Conv2d(3, widths[0], 3, 1, 1, bias=False)
+        degradation_widths = (variant.degradation_tokens, *(2 * width for width in widths[1:]))
+        semantic_widths = (variant.semantic_tokens, *(2 * width for width in widths[1:]))
+        self.degradation_pyramid = TokenPyramid(degradation_widths)
+        self.semantic_pyramid = TokenPyramid(semantic_widths)
+        light = [level < variant.attention_from for level in range(levels)]
+
+        def blocks(level: int, count: int, width: int) -> nn.Sequential:
+            return nn.Sequential(
+                *(TransformerBlock(width, variant.heads[level], variant.expansion, light[level]) for _ in range(count))
+            )
+
+        self.guide = nn.ModuleList(
+            DualPriorGuidance(
+                widths[level],
+                variant.heads[level],
+                TOKENS if level == 0 else TokenPyramid.FEWER,
+                (degradation_widths[level], semantic_widths[level]),
+                light[level],
+            )
+            for level in range(levels)
+        )
+        self.encode = nn.ModuleList(blocks(level, variant.blocks[level], widths[level]) for level in range(levels))
+        self.down = nn.ModuleList(Downsample(widths[level], widths[level + 1]) for level in range(levels - 1))
+        self.fuse = nn.ModuleList(PriorGuidedFusion(width, variant.semantic_tokens) for width in widths)
+
+        self.up = nn.ModuleList(Upsample(widths[level + 1], widths[level]) for level in range(levels - 1))
+        decoded = [2 * widths[0] if variant.wide_top else widths[0], *widths[1:-1]]
+        self.reduce = nn.ModuleList(
+            nn.Identity() if out == 2 * width else nn.Conv2d(2 * width, out, 1, bias=False)
+            for width, out in zip(widths[:-1], decoded, strict=True)
+        )
+        self.integrate = nn.ModuleList(
+            nn.Identity() if light[level] else SemanticIntegration(decoded[level], semantic_widths[level])
+            for level in range(levels - 1)
+        )
+        self.decode = nn.ModuleList(blocks(level, variant.blocks[level], decoded[level]) for level in range(levels - 1))
+        self.refine = blocks(0, variant.refinement_blocks, decoded[0])
+        self.head = VisibleHead(decoded[0]) if variant.output == "visible" else RestoredHead(decoded[0], step)
+
+    def enter_infrared(self, infrared: Tensor) -> Tensor:
+        """The visible entry, as if the one infrared channel were repeated three times."""
+        weight = self.enter.weight.sum(1, keepdim=True)
+        return F.conv2d(infrared, weight, self.enter.bias, self.enter.stride, self.enter.padding)
+
+    def forward(
+        self, infrared: Tensor, visible: Tensor, degradation: tuple[Tensor, Tensor], semantic: Tensor
+    ) -> Tensor:
+        streams = [self.enter_infrared(infrared), self.enter(visible)]
+        degradations = [self.degradation_pyramid(tokens) for tokens in degradation]
+        semantics = self.semantic_pyramid(semantic)
+        fused: list[Tensor] = []
+        for level, (guide, encode, fuse) in enumerate(zip(self.guide, self.encode, self.fuse, strict=True)):
+            streams = [
+                encode(guide(stream, tokens[level], semantics[level]))
+                for stream, tokens in zip(streams, degradations, strict=True)
+            ]
+            fused.append(fuse(streams[0], streams[1], semantic))
+            if level < len(self.down):
+                streams = [self.down[level](stream) for stream in streams]
+        x = fused[-1]
+        for level in reversed(range(len(self.up))):
+            x = self.reduce[level](torch.cat([self.up[level](x), fused[level]], 1))
+            if isinstance(self.integrate[level], SemanticIntegration):
+                x = self.integrate[level](x, semantics[level])
+            x = self.decode[level](x)
+        return self.head(self.refine(x), infrared, visible)
+
+
+class DSPFusion(nn.Module):
+    """The whole network of one size. Pictures are in [0, 1]: infrared (B, 1, H, W), visible RGB (B, 3, H, W)."""
+
+    def __init__(self, variant: Variant) -> None:
+        super().__init__()
+        self.variant = variant
+        # One set of weights for both modalities; the infrared channel is repeated.
+        self.degradation_encoder = PriorEncoder(3, variant.degradation_width, variant.degradation_blocks)
+        self.semantic_encoder = PriorEncoder(6, variant.semantic_width, variant.semantic_blocks)
+        self.diffusion = SemanticDiffusion(
+            variant.semantic_tokens, variant.degradation_tokens, variant.denoiser_width, variant.denoiser_layers
+        )
+        self.unet = FusionUNet(variant)
+        self.name_infrared = nn.Linear(variant.degradation_tokens, len(INFRARED_DEGRADATIONS))
+        self.name_visible = nn.Linear(variant.degradation_tokens, len(VISIBLE_DEGRADATIONS))
+
+    def encode_semantics(self, infrared: Tensor, visible: Tensor) -> Tensor:
+        """Semantic tokens (B, 16, Cs) of a pair as it is (not restored)."""
+        return self.semantic_encoder(torch.cat([thumbnail(infrared).expand(-1, 3, -1, -1), thumbnail(visible)], 1))
+
+    def estimate_priors(self, infrared: Tensor, visible: Tensor, steps: int) -> PriorTokens:
+        """Reads the priors of a pair of frames.
+
+        Args:
+            infrared: (B, 1, H, W) in [0, 1].
+            visible: (B, 3, H, W) in [0, 1].
+            steps: diffusion steps, 1 to 10.
+            Give whole frames at their own resolution: the small views are taken inside, and a frame that was reduced
+            before no longer shows its noise, stripes and blur.
+        """
+        return self.complete_priors(infrared, visible, self.encode_semantics(infrared, visible), steps)
+
+    def complete_priors(
+        self, infrared: Tensor, visible: Tensor, semantic: Tensor, steps: int, start: Tensor | None = None
+    ) -> PriorTokens:
+        """Adds degradation tokens to semantic ones, and restores the latter when `steps` is above 0."""
+        infrared_tokens = self.degradation_encoder(mosaic(infrared).expand(-1, 3, -1, -1))
+        visible_tokens = self.degradation_encoder(mosaic(visible))
+        infrared_embedding, visible_embedding = infrared_tokens.mean(1), visible_tokens.mean(1)
+        if steps > 0:
+            semantic = self.diffusion(semantic, infrared_tokens, visible_tokens, steps, start)
+        return PriorTokens(
+            infrared_tokens,
+            visible_tokens,
+            semantic,
+            self.name_infrared(infrared_embedding),
+            self.name_visible(visible_embedding),
+            infrared_embedding,
+            visible_embedding,
+        )
+
+    def forward(
+        self,
+        infrared: Tensor,
+        visible: Tensor,
+        degradation_infrared: Tensor,
+        degradation_visible: Tensor,
+        semantic: Tensor,
+    ) -> Tensor:
+        """Fuses a pair: (B, 1, H, W) and (B, 3, H, W) -> (B, 3, H, W) in [0, 1]. A missing modality is black."""
+        height, width = infrared.shape[-2:]
+        fused = self.unet(
+            pad(infrared, self.variant.multiple),
+            pad(visible, self.variant.multiple),
+            (degradation_infrared, degradation_visible),
+            semantic,
+        )
+        return fused[..., :height, :width]
+
+
+def pad(image: Tensor, multiple: int) -> Tensor:
+    """Reflects the bottom and right border until height and width are multiples of `multiple`."""
+    bottom, right = -image.shape[-2] % multiple, -image.shape[-1] % multiple
+    if bottom == 0 and right == 0:
+        return image
+    return F.pad(image, (0, right, 0, bottom), mode="reflect")

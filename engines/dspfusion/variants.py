@@ -1,0 +1,149 @@
+"""The sizes of the one architecture, and how their weights are found."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from engines.base import EngineError
+
+if TYPE_CHECKING:
+    from engines.dspfusion.network import DSPFusion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One size of DSPFusion. Tuples hold one number per level of the U-Net, finest level first."""
+
+    name: str
+    unshuffle: int  # the U-Net works at 1/unshuffle of the picture; its channels hold the rest
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    heads: tuple[int, ...]
+    refinement_blocks: int
+    expansion: float  # of the feed-forward layers
+    attention_from: int  # first level (from 0) with attention; finer ones are light: no attention, no norms
+    wide_top: bool  # level 1 of the decoder keeps the concatenated width
+    output: Literal["visible", "restored"]  # see `head.py`
+    degradation_width: int
+    degradation_blocks: int
+    semantic_width: int
+    semantic_blocks: int
+    denoiser_width: int
+    denoiser_layers: int
+
+    @property
+    def degradation_tokens(self) -> int:
+        """Width of a degradation token."""
+        return 4 * self.degradation_width
+
+    @property
+    def semantic_tokens(self) -> int:
+        """Width of a semantic token."""
+        return 4 * self.semantic_width
+
+    @property
+    def multiple(self) -> int:
+        """Height and width are padded to a multiple of this many pixels."""
+        return self.unshuffle * 2 ** (len(self.widths) - 1)
+
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        # The published configuration: 14.0 M parameters, 282 GMAC at 640x480.
+        Variant(
+            name="base",
+            unshuffle=1,
+            widths=(32, 64, 128, 256),
+            blocks=(2, 2, 4, 4),
+            heads=(1, 1, 2, 2),
+            refinement_blocks=1,
+            expansion=2.66,
+            attention_from=0,
+            wide_top=True,
+            output="visible",
+            degradation_width=32,
+            degradation_blocks=4,
+            semantic_width=64,
+            semantic_blocks=6,
+            denoiser_width=512,
+            denoiser_layers=4,
+        ),
+        # For processors: fewer pixels and more channels, because the blocks are bound by memory and not by arithmetic.
+        Variant(
+            name="nano",
+            unshuffle=4,
+            widths=(32, 64, 64),
+            blocks=(1, 1, 1),
+            heads=(1, 1, 2),
+            refinement_blocks=1,
+            expansion=1.0,
+            attention_from=2,
+            wide_top=False,
+            output="restored",
+            degradation_width=24,
+            degradation_blocks=2,
+            semantic_width=24,
+            semantic_blocks=2,
+            denoiser_width=128,
+            denoiser_layers=3,
+        ),
+    )
+}
+
+
+def build(variant: str) -> DSPFusion:
+    """A network of this size with fresh weights."""
+    from engines.dspfusion.network import DSPFusion
+
+    if variant not in VARIANTS:
+        raise EngineError(f"there is no variant '{variant}': choose one of {', '.join(VARIANTS)}")
+    return DSPFusion(VARIANTS[variant])
+
+
+def default_weights(variant: str) -> Path:
+    """Where the shipped weights of a variant lie."""
+    return Path(__file__).resolve().parent.parent / "weights" / f"{variant}.safetensors"
+
+
+def load(variant: str, weights: Path | None = None) -> tuple[DSPFusion, str]:
+    """Loads a network for inference.
+
+    Args:
+        variant: a name of `VARIANTS`.
+        weights: a safetensors file; None takes the shipped weights of the variant.
+
+    Returns:
+        The module in eval mode, and the SHA-256 of the weights file.
+
+    Raises:
+        EngineError: the variant or the file does not exist, or the file belongs to another network.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    network = build(variant)
+    path = default_weights(variant) if weights is None else Path(weights)
+    if not path.is_file():
+        shipped = [name for name in VARIANTS if default_weights(name).is_file()]
+        raise EngineError(
+            f"there are no weights {path.name} for variant '{variant}': train it with `dspfusion train`, "
+            f"or choose a variant with shipped weights ({', '.join(shipped) or 'none'})"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            owner = (file.metadata() or {}).get("variant", "")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no dict)
+    except SafetensorError as error:
+        raise EngineError(f"{path.name} is not a safetensors file ({error}): export the weights again") from error
+    if owner != variant:
+        raise EngineError(f"{path.name} holds weights of variant '{owner}', not '{variant}': choose the other variant")
+    try:
+        network.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise EngineError(
+            f"{path.name} does not fit variant '{variant}' of this version: train or export it again"
+        ) from error
+    return network.eval(), hashlib.sha256(path.read_bytes()).hexdigest()

@@ -1,0 +1,92 @@
+"""What a fused picture should be: measured against the clean sources, although the network saw degraded ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engines.dspfusion.head import BLUE, GREEN, RED
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    structure: float = 2.0
+    intensity: float = 15.0
+    consistency: float = 1.0
+    colour: float = 20.0
+    gradient: float = 10.0
+    contrast: float = 0.1  # InfoNCE on the degradation embeddings
+    naming: float = 0.5  # cross entropy of the degradation names
+    tokens: float = 10.0  # stage II: L1 between restored and clean semantic tokens
+
+
+def luminance(picture: Tensor) -> Tensor:
+    """BT.601 luminance, (B, 3, H, W) -> (B, 1, H, W)."""
+    return RED * picture[:, 0:1] + GREEN * picture[:, 1:2] + BLUE * picture[:, 2:3]
+
+
+def chroma(picture: Tensor) -> Tensor:
+    """Cb and Cr about zero, (B, 3, H, W) -> (B, 2, H, W)."""
+    light = luminance(picture)
+    return torch.cat([(picture[:, 2:3] - light) / 1.772, (picture[:, 0:1] - light) / 1.402], 1)
+
+
+def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
+    """Mean SSIM of two pictures in [0, 1], 7 x 7 windows."""
+    pictures = torch.cat([first, second, first * first, second * second, first * second], 1)
+    mean_1, mean_2, square_1, square_2, product = F.avg_pool2d(pictures, 7, 1).split(1, 1)
+    variances = square_1 - mean_1**2 + square_2 - mean_2**2
+    covariance = product - mean_1 * mean_2
+    similarity = (2 * mean_1 * mean_2 + 0.01**2) * (2 * covariance + 0.03**2)
+    return (similarity / ((mean_1**2 + mean_2**2 + 0.01**2) * (variances + 0.03**2))).mean()
+
+
+def sobel(picture: Tensor) -> Tensor:
+    """Gradients along x and y, (B, 1, H, W) -> (B, 2, H - 2, W - 2)."""
+    along_x = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]], device=picture.device)
+    return F.conv2d(picture, torch.stack([along_x, along_x.T])[:, None])
+
+
+def fusion_losses(fused: Tensor, infrared: Tensor, visible: Tensor) -> dict[str, Tensor]:
+    """The image losses by name, before weighting.
+
+    Args:
+        fused: (B, 3, H, W).
+        infrared, visible: the clean sources, (B, 1, H, W) and (B, 3, H, W).
+    """
+    fused_light, visible_light = luminance(fused), luminance(visible)
+    gradients = sobel(torch.cat([fused_light, infrared, visible_light])).chunk(3)
+    # The signed gradient of the stronger source: its magnitude alone would allow inverted edges, that is halos.
+    stronger = torch.where(gradients[1].abs() > gradients[2].abs(), gradients[1], gradients[2])
+    return {
+        "structure": 2
+        - structural_similarity(fused_light, visible_light)
+        - structural_similarity(fused_light, infrared),
+        "intensity": F.l1_loss(fused_light, torch.maximum(infrared, visible_light)),
+        "consistency": F.l1_loss(fused_light, infrared) + F.l1_loss(fused_light, visible_light),
+        "colour": F.l1_loss(chroma(fused), chroma(visible)),
+        "gradient": F.l1_loss(gradients[0], stronger),
+    }
+
+
+def info_nce(embeddings: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
+    """Equal labels attract, all others repel (InfoNCE with several positives).
+
+    Args:
+        embeddings: (N, D).
+        labels: (N,), negative ones are left out.
+
+    Returns:
+        A scalar; zero where no two labels are equal.
+    """
+    kept = labels >= 0
+    embeddings, labels = F.normalize(embeddings[kept], dim=-1), labels[kept]
+    alike = (labels[:, None] == labels[None]).float()
+    alike.fill_diagonal_(0)
+    likeness = embeddings @ embeddings.T / temperature
+    likeness = likeness - torch.eye(len(labels), device=labels.device) * 1e4  # nobody is compared with itself
+    share = F.log_softmax(likeness, -1)
+    return -(alike * share).sum() / alike.sum().clamp(min=1)
