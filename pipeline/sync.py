@@ -103,7 +103,7 @@ class _Rhythm:
 
 
 def _reuse_penalty_ns(rhythm: dict[Camera, _Rhythm]) -> float:
-    """Half a period apart, jitter would take one infrared frame twice and the next not at all; a small bias prevents it.
+    """Half a period apart, jitter would take one infrared frame twice and skip the next; a small bias prevents it.
 
     At unequal rates frames have to be used twice or left out anyway, and the bias would only cost accuracy.
     """

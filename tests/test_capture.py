@@ -405,18 +405,18 @@ def test_two_live_cameras_are_paired_and_every_frame_is_accounted_for():
         taken[frame.camera] += 1
         sync.add(frame, time.monotonic_ns())
 
-    end = time.monotonic() + 2.0
-    while time.monotonic() < end:
+    end = time.monotonic() + 20.0  # a busy machine takes a while to draw the first picture
+    while sync.account.modes["fused"] < 20 and time.monotonic() < end:
         with contextlib.suppress(TimeoutError):
             add(inbox.take(0.01))
         pairs += sync.poll(time.monotonic_ns())
-    assert all([capture.stop() for capture in captures])
+    assert all([capture.stop(timeout_s=5) for capture in captures])
     inbox.close()
     with contextlib.suppress(HandoverClosed):
         while True:
             add(inbox.take(0))
     pairs += sync.flush()
-    assert sum(pair.mode == "fused" for pair in pairs) >= 10
+    assert sum(pair.mode == "fused" for pair in pairs) >= 20
     pushed_out = sum(capture.dropped.total() for capture in captures)
     assert sum(capture.captured for capture in captures) == sum(taken.values()) + pushed_out
     for capture in captures:
