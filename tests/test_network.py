@@ -1,0 +1,232 @@
+"""The network: its size, what it promises about shapes and ranges, and which parameters learn when."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, EngineError
+from engines.dspfusion.diffusion import STEPS, SemanticDiffusion, alpha_bars, stride
+from engines.dspfusion.network import DSPFusion, PriorTokens, pad
+from engines.dspfusion.priors import mosaic, thumbnail
+from engines.dspfusion.variants import VARIANTS, build, default_weights, load
+
+TINY = dataclasses.replace(
+    VARIANTS["nano"],
+    name="tiny",
+    widths=(8, 8, 8),
+    degradation_width=8,
+    degradation_blocks=1,
+    semantic_width=8,
+    semantic_blocks=1,
+    denoiser_width=16,
+    denoiser_layers=1,
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(3)
+
+
+def pair(height: int, width: int, batch: int = 1) -> tuple[Tensor, Tensor]:
+    return torch.rand(batch, 1, height, width), torch.rand(batch, 3, height, width)
+
+
+def fused(network: DSPFusion, infrared: Tensor, visible: Tensor, steps: int = 2) -> Tensor:
+    with torch.no_grad():
+        priors = network.estimate_priors(infrared, visible, steps)
+        return network(infrared, visible, priors.degradation_infrared, priors.degradation_visible, priors.semantic)
+
+
+def count(module: nn.Module) -> float:
+    """Parameters in millions."""
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+def test_base_has_the_published_size():
+    base = build("base")
+    assert count(base) == pytest.approx(14.0, rel=0.02)
+    assert count(base.unet) == pytest.approx(8.42, rel=0.02)
+    assert count(base.diffusion.denoiser) == pytest.approx(4.87, rel=0.02)
+    assert count(base.semantic_encoder) == pytest.approx(0.61, rel=0.02)
+    assert count(base.degradation_encoder) == pytest.approx(0.12, rel=0.02)
+
+
+def test_nano_is_twenty_times_smaller_in_every_frame():
+    assert count(build("nano").unet) < count(build("base").unet) / 20
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_gives_tokens_names_and_a_picture(name: str):
+    network = build(name).eval()
+    infrared, visible = pair(40, 56)
+    with torch.no_grad():
+        priors = network.estimate_priors(infrared, visible, 1)
+        picture = network(infrared, visible, priors.degradation_infrared, priors.degradation_visible, priors.semantic)
+    assert isinstance(priors, PriorTokens)
+    assert priors.degradation_infrared.shape == (1, 16, network.variant.degradation_tokens)
+    assert priors.degradation_visible.shape == (1, 16, network.variant.degradation_tokens)
+    assert priors.semantic.shape == (1, 16, network.variant.semantic_tokens)
+    assert priors.infrared_logits.shape == (1, len(INFRARED_DEGRADATIONS))
+    assert priors.visible_logits.shape == (1, len(VISIBLE_DEGRADATIONS))
+    assert picture.shape == (1, 3, 40, 56)
+    assert picture.min() >= 0
+    assert picture.max() <= 1
+
+
+@pytest.mark.parametrize(("height", "width"), [(33, 47), (130, 131), (120, 161)])
+def test_odd_sizes_keep_their_size(height: int, width: int):
+    assert fused(DSPFusion(TINY), *pair(height, width)).shape == (1, 3, height, width)
+
+
+def test_padding_mirrors_the_bottom_and_the_right():
+    image = torch.arange(9.0).reshape(1, 1, 3, 3)
+    assert pad(image, 4)[0, 0].tolist() == [[0, 1, 2, 1], [3, 4, 5, 4], [6, 7, 8, 7], [3, 4, 5, 4]]
+
+
+def test_a_picture_that_fits_is_not_padded():
+    image = torch.rand(1, 1, 16, 32)
+    assert pad(image, 16) is image
+
+
+def test_an_untrained_nano_shows_nearly_the_brighter_source():
+    infrared, visible = pair(32, 32)
+    weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
+    visible = visible * 0.5 + 0.2
+    picture = fused(build("nano"), infrared * 0.5 + 0.2, visible)
+    brighter = torch.maximum((visible * weights).sum(1), infrared[:, 0] * 0.5 + 0.2)
+    assert ((picture * weights).sum(1) - brighter).abs().mean() < 0.05
+
+
+def test_equal_inputs_give_equal_priors_and_pictures():
+    network = DSPFusion(TINY)
+    infrared, visible = pair(128, 128)
+    assert torch.equal(fused(network, infrared, visible), fused(network, infrared, visible))
+
+
+def test_a_batch_is_its_items():
+    network = DSPFusion(TINY)
+    infrared, visible = pair(64, 64, batch=2)
+    alone = fused(network, infrared[1:], visible[1:])
+    torch.testing.assert_close(fused(network, infrared, visible)[1:], alone, atol=1e-5, rtol=0)
+
+
+def test_the_degradation_view_keeps_native_pixels():
+    image = torch.arange(256.0 * 512).reshape(1, 1, 256, 512)
+    view = mosaic(image)
+    assert view.shape == (1, 1, 128, 128)
+    assert view[0, 0, 0, 1] - view[0, 0, 0, 0] == 1  # neighbours stay neighbours
+    assert view[0, 0, 0, 0] == image[0, 0, 16, 48]  # the middle of the first of four by four cells
+
+
+def test_the_semantic_view_of_a_large_frame_is_small():
+    assert thumbnail(torch.rand(1, 3, 480, 640)).shape == (1, 3, 120, 160)
+    assert thumbnail(torch.rand(1, 3, 1024, 1280)).shape == (1, 3, 128, 160)
+    assert thumbnail(torch.rand(1, 3, 100, 100)).shape == (1, 3, 100, 100)
+
+
+@pytest.mark.parametrize("steps", range(1, STEPS + 1))
+def test_diffusion_strides_over_the_schedule(steps: int):
+    times = stride(steps)
+    assert times[0] == STEPS
+    assert times[-1] == 0
+    assert len(set(times)) == steps + 1
+    network = DSPFusion(TINY)
+    with torch.no_grad():
+        tokens = network.estimate_priors(*pair(128, 128), steps).semantic
+    assert tokens.isfinite().all()
+
+
+@pytest.mark.parametrize("steps", [0, 11])
+def test_impossible_step_counts_are_refused(steps: int):
+    with pytest.raises(EngineError, match="choose 1 to 10"):
+        stride(steps)
+
+
+def test_the_schedule_ends_in_noise():
+    shares = alpha_bars()
+    assert shares[0] == 1
+    assert shares[1] == pytest.approx(0.9)
+    assert shares[-1] < 1e-4
+
+
+@pytest.mark.parametrize("steps", [1, 3, 10])
+def test_diffusion_returns_what_a_perfect_denoiser_predicts(steps: int):
+    diffusion = SemanticDiffusion(semantic=8, degradation=8, width=16, layers=1)
+    truth = torch.randn(1, 16, 8)
+    diffusion.denoiser.forward = lambda noisy, time, condition: truth  # type: ignore[method-assign]
+    restored = diffusion(truth, truth, truth, steps)
+    torch.testing.assert_close(restored, truth)
+
+
+def test_the_noise_travels_with_the_weights():
+    assert "diffusion.noise" in DSPFusion(TINY).state_dict()
+    assert torch.equal(DSPFusion(TINY).diffusion.noise, DSPFusion(TINY).diffusion.noise)
+
+
+def test_a_tiny_network_overfits_one_pair():
+    """Sixty iterations take the error to the per-pixel mean (which no gate starts from) under a third."""
+    network = DSPFusion(dataclasses.replace(TINY, widths=(16, 16, 16)))
+    infrared, visible = pair(32, 32)
+    target = visible * 0.5 + infrared * 0.5
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(60):
+        priors = network.estimate_priors(infrared, visible, 1)
+        loss = (network(infrared, visible, *priors[:3]) - target).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 3
+
+
+def test_unknown_variants_are_refused_by_name():
+    with pytest.raises(EngineError, match=r"no variant 'huge'.*base, nano"):
+        build("huge")
+
+
+def test_missing_weights_say_what_is_shipped(tmp_path: Path):
+    with pytest.raises(EngineError, match=r"no weights none\.safetensors"):
+        load("nano", tmp_path / "none.safetensors")
+
+
+def test_weights_of_another_variant_are_refused(tmp_path: Path):
+    path = tmp_path / "other.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata={"variant": "base"})
+    with pytest.raises(EngineError, match="weights of variant 'base', not 'nano'"):
+        load("nano", path)
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path):
+    path = tmp_path / "old.safetensors"
+    save_file({"x": torch.zeros(1)}, path, metadata={"variant": "nano"})
+    with pytest.raises(EngineError, match="does not fit"):
+        load("nano", path)
+
+
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path: Path):
+    path = tmp_path / "text.safetensors"
+    path.write_text("no weights")
+    with pytest.raises(EngineError, match="not a safetensors file"):
+        load("nano", path)
+
+
+def test_the_shipped_nano_shows_the_other_source_when_one_is_black():
+    """A missing camera is black: the picture is then the other camera's, to a few grey levels."""
+    network, digest = load("nano")
+    assert len(digest) == 64
+    assert default_weights("nano").is_file()
+    y, x = torch.meshgrid(torch.linspace(0, 1, 96), torch.linspace(0, 1, 128), indexing="ij")
+    scene = (0.5 + 0.25 * torch.sin(9 * x) * torch.cos(7 * y))[None, None]
+    colours = torch.cat([scene, scene * 0.9, scene * 0.8], 1)
+    only_infrared = fused(network, scene, torch.zeros(1, 3, 96, 128), 4)
+    only_visible = fused(network, torch.zeros_like(scene), colours, 4)
+    assert (only_infrared - scene).abs().mean() < 0.1
+    assert (only_visible - colours).abs().mean() < 0.1
