@@ -129,6 +129,9 @@ class AccessUnits:
         pictures: list[AccessUnit] = []
         for unit in self._fragments.add(piece, pts):
             pictures += self._add_unit(unit)
+        if self._slices and pts != self._pts:  # this piece belongs to the next picture already
+            self._learn()
+            pictures.append(self._release())
         if self.early and not self._fragments.pending and self._slices == self._usual_slices:
             self._released_pts = self._pts
             pictures.append(self._release())

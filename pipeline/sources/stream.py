@@ -123,13 +123,16 @@ class StreamCamera:
         return scheme.lower()
 
     def _connect(self) -> _LiveReader | _FileReader:
+        started = time.monotonic()
         try:
             if self.live:
                 return self._connect_live()
             path = self._file_path()
             return _FileReader(path, self.camera, self.config, self._closing, lambda: self._open_file(path))
         except av.FFmpegError as error:
-            raise SourceError(self._explain(error, "opening")) from None
+            # A handshake that runs out of time is reported as invalid data where it was in the middle of an answer.
+            late = self.live and time.monotonic() - started >= self.config.connect_timeout_s
+            raise SourceError(self._explain(av.ExitError(0, "") if late else error, "opening")) from None
         except (ValueError, UnicodeError, OSError) as error:
             raise SourceError(redact(f"{self._name} cannot be opened: {error}", self._secrets)) from None
 
@@ -215,7 +218,7 @@ class StreamCamera:
             return f"{self._name} refused the user name or password: check both in the configuration"
         if isinstance(error, av.HTTPNotFoundError):
             return f"{self._name} has no such stream: check the path behind the host"
-        if isinstance(error, (av.InvalidDataError, av.DecoderNotFoundError, av.DemuxerNotFoundError)):
+        if isinstance(error, (av.InvalidDataError, EOFError, av.DecoderNotFoundError, av.DemuxerNotFoundError)):
             return f"{self._name} cannot be decoded: it is damaged, or no video"
         reason = redact(str(error.strerror or type(error).__name__), self._secrets)
         return f"{self._name} failed while {doing}: {reason}"
@@ -355,8 +358,11 @@ class _LiveReader:
 
     def _missed(self, step_ns: int) -> int:
         # Only a steady stream shows a hole: one of variable rate would look full of them.
-        steady = len(self._steps_ns) >= 5 and max(self._steps_ns) < 1.5 * min(self._steps_ns)
-        return max(0, round(step_ns / self.period_ns) - 1) if steady and self.period_ns and self._started else 0
+        period_ns = self.period_ns if len(self._steps_ns) >= 5 else min(self._steps_ns, default=self.period_ns)
+        if not self._started or not period_ns:
+            return 0
+        regular = sum(abs(step - period_ns) < period_ns // 4 for step in self._steps_ns)
+        return max(0, round(step_ns / period_ns) - 1) if regular >= 0.6 * len(self._steps_ns) else 0
 
     def _check_size(self, picture: VideoFrame) -> None:
         size = (picture.width, picture.height)

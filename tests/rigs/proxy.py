@@ -13,7 +13,7 @@ CHUNK = 1 << 16
 class FaultyProxy:
     """Forwards a local port to another one, in a thread of its own.
 
-    `freeze` holds all data back and leaves every connection open, `cut` closes the connections, `refuse` closes each new
+    `freeze` holds all data back and leaves every connection open, `cut` closes them, `refuse` closes each new
     one at once, `delay_s` is added on the way to the reader. `port` is the port to connect to.
     """
 
