@@ -108,8 +108,10 @@ class RtspServer:
     def start(self, timeout_s: float = 20.0) -> RtspServer:
         """Starts the server and waits until it listens."""
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in self.options.items()]
-        command = [SYSTEM_PYTHON, os.path.abspath(__file__), f"--port={self.port}", *arguments]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        command = [SYSTEM_PYTHON, os.path.abspath(__file__), f"--port={self.port}", "--until-stdin-closes", *arguments]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         deadline = time.monotonic() + timeout_s
         assert self.process.stdout is not None
         # The program prints one line as soon as it listens, or ends: readline() cannot wait for longer than its start.
@@ -130,8 +132,9 @@ class RtspServer:
         if self.process is not None:
             self.process.kill()
             self.process.wait(10)
-            if self.process.stdout is not None:
-                self.process.stdout.close()
+            for pipe in (self.process.stdin, self.process.stdout):
+                if pipe is not None:
+                    pipe.close()
             self.process = None
 
     def restart(self) -> None:
@@ -265,6 +268,8 @@ def serve(options: argparse.Namespace) -> None:
         protect(server, factories, options.user, GstRtspServer)
     if not server.attach(None):
         sys.exit(f"port {options.port} is taken")
+    if options.until_stdin_closes:
+        threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
     print("READY", flush=True)
     GLib.MainLoop().run()
 
@@ -280,6 +285,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--codec", choices=("h264", "h264-slices", "h265", "jpeg"), default="h264")
     parser.add_argument("--loss", type=float, default=0.0, help="share of the RTP packets that is lost")
     parser.add_argument("--user", default="", help="name:password that the cameras ask for")
+    parser.add_argument("--until-stdin-closes", action="store_true", help="end with the process that started this one")
     parser.add_argument("--infrared-phase-ms", type=float, default=0.0, help="infrared exposes this much later")
     return parser.parse_args()
 
