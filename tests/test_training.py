@@ -73,7 +73,7 @@ def config(dataset: Path, tmp_path: Path) -> TrainConfig:
         data=str(dataset),
         subsets=("road", "wood"),
         output=str(tmp_path / "out"),
-        iterations=(2, 2),
+        iterations=(2, 2, 2),
         batch=2,
         threads=1,
         warm_up_items=4,
@@ -139,27 +139,29 @@ def test_stage_one_reaches_every_parameter_but_the_diffusion(config: TrainConfig
         assert learns == (not name.startswith("diffusion.")), name
 
 
-def test_stage_two_reaches_the_denoiser_alone(config: TrainConfig):
+@pytest.mark.parametrize(("stage", "part"), [(2, "diffusion."), (3, "unet.")])
+def test_the_later_stages_reach_one_part_alone(config: TrainConfig, stage: int, part: str):
     training = Training(config, pairs_of(config))
     training.run(stop_after=2)
-    training._next_stage()
+    while training.stage < stage:
+        training._next_stage()
     before = {name: value.clone() for name, value in training.network.state_dict().items()}
     training.step(draw_batch(training.pairs, 2, DRAW, 1, 0))
     for name, value in training.network.named_parameters():
-        assert torch.equal(before[name], value) == (not name.startswith("diffusion.")), name
+        assert torch.equal(before[name], value) == (not name.startswith(part)), name
 
 
 def test_a_resumed_training_ends_where_an_unbroken_one_does(config: TrainConfig, tmp_path: Path):
     pairs = pairs_of(config)
     unbroken = Training(config, pairs)
     unbroken.run()
-    for stop in (1, 3):  # within stage I, and within stage II
+    for stop in (1, 3, 5):  # within each stage
         broken = Training(config, pairs)
         broken.run(tmp_path / "a.checkpoint", stop_after=stop)
         resumed = Training(config, pairs)
         resumed.load(tmp_path / "a.checkpoint")
         resumed.run()
-        assert resumed.done == [2, 2]
+        assert resumed.done == [2, 2, 2]
         for name, value in unbroken.average.items():
             assert torch.equal(value, resumed.average[name]), (stop, name)
 
@@ -170,7 +172,7 @@ def test_training_exports_weights_that_load(config: TrainConfig):
     assert not network.training
     with safe_open(weights, framework="pt") as file:
         assert file.metadata()["variant"] == "tiny"
-        assert file.metadata()["iterations"] == "2+2"
+        assert file.metadata()["iterations"] == "2+2+2"
 
 
 def test_a_finished_training_resumes_to_nothing(config: TrainConfig):
@@ -193,7 +195,7 @@ def test_a_training_can_begin_with_the_weights_of_another(config: TrainConfig):
 def test_the_command_reads_its_configuration(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "train.yaml"
     path.write_text(
-        "variant: tiny\ndata: data\nsubsets: [road]\noutput: out\niterations: [1, 1]\nbatch: 2\nthreads: 1\n"
+        "variant: tiny\ndata: data\nsubsets: [road]\noutput: out\niterations: [1, 1, 1]\nbatch: 2\nthreads: 1\n"
         "warm_up_items: 0\ndraw: {region_px: 64, crop_px: 32}\n"
     )
     main([str(path)])

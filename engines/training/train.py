@@ -1,8 +1,9 @@
-"""Trains one variant in two stages, within a budget of minutes.
+"""Trains one variant in three stages, within a budget of minutes.
 
 Stage I trains everything but the diffusion: semantic tokens come from the clean pair, degradation tokens from the
 degraded one. Stage II trains the denoiser alone: the tokens that it restores from the degraded pair take the place of
-the clean ones.
+the clean ones. Stage III is ours, not the paper's: the U-Net learns to work with the tokens that it will be given,
+because clean ones tell it more (how bright a darkened scene was) than any denoiser can restore.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from engines.dspfusion.variants import build
 from engines.training.data import Batch, Draw, Pair, batches, draw_batch, read_pairs
 from engines.training.losses import LossWeights, fusion_losses, info_nce
 
+STAGES = 3
 WARM_UP_RATE = 3e-3
 SEMANTIC_STEP = 4  # a region is reduced by this, as a 640 x 480 frame is for its semantic view
 
@@ -41,12 +43,11 @@ class TrainConfig(BaseModel):
     fields: str | None = None  # npz of residual displacements of the infrared pictures
     subsets: tuple[str, ...] = ("msrs", "roadscene", "llvip", "tno", "m3fd", "fmb")
     output: str  # folder of the checkpoint and the exported weights
-    minutes: float = Field(30.0, gt=0)  # of both stages together, when no iterations are given
-    stage_two_share: float = Field(0.2, ge=0, lt=1)
-    iterations: tuple[int, int] | None = None  # of stage I and II: exact, instead of minutes
+    minutes: float = Field(30.0, gt=0)  # of all stages together, when no iterations are given
+    shares: tuple[float, float, float] = (0.6, 0.15, 0.25)  # of the minutes, for each stage; their ratio counts
+    iterations: tuple[int, int, int] | None = None  # of each stage: exact, instead of minutes
     batch: int = Field(8, ge=1)
-    rate: float = Field(1e-3, gt=0)
-    stage_two_rate: float = Field(5e-4, gt=0)
+    rates: tuple[float, float, float] = (1e-3, 5e-4, 5e-4)  # learning rate of each stage at its start
     weight_decay: float = Field(1e-4, ge=0)
     clip: float = Field(1.0, gt=0)
     averaging: float = Field(0.998, ge=0, lt=1)  # of the exponential moving average that is exported
@@ -78,6 +79,13 @@ def read_config(path: Path) -> TrainConfig:
         raise EngineError(f"{path} is no training configuration: {error}") from error
 
 
+def learns(parameter: str, stage: int) -> bool:
+    """Whether a parameter of this name is trained in a stage: all but the diffusion, it alone, the U-Net alone."""
+    if stage == 1:
+        return not parameter.startswith("diffusion.")
+    return parameter.startswith("diffusion." if stage == 2 else "unet.")
+
+
 class Training:
     """The state of a training: everything that a checkpoint holds."""
 
@@ -88,8 +96,8 @@ class Training:
         self.network = build(config.variant)
         self.average = {name: value.clone() for name, value in self.network.state_dict().items()}
         self.stage = 1
-        self.done = [0, 0]  # iterations of each stage
-        self.spent_s = [0.0, 0.0]
+        self.done = [0, 0, 0]  # iterations of each stage
+        self.spent_s = [0.0, 0.0, 0.0]
         self.recent: dict[str, float] = {}
         self.optimizer = self._optimizer()
 
@@ -102,14 +110,14 @@ class Training:
 
     def _optimizer(self) -> torch.optim.Optimizer:
         for name, parameter in self.network.named_parameters():
-            parameter.requires_grad_(name.startswith("diffusion.") == (self.stage >= 2))
+            parameter.requires_grad_(learns(name, self.stage))
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(
             trained, lr=self._full_rate(), weight_decay=self.config.weight_decay, betas=(0.9, 0.99)
         )
 
     def _full_rate(self) -> float:
-        return self.config.rate if self.stage == 1 else self.config.stage_two_rate
+        return self.config.rates[min(self.stage, STAGES) - 1]
 
     def progress(self) -> float:
         """How much of the current stage is done, from 0 to 1."""
@@ -117,17 +125,17 @@ class Training:
         if self.config.iterations is not None:
             planned = self.config.iterations[current]
             return min(1.0, self.done[current] / planned) if planned else 1.0
-        share = (1 - self.config.stage_two_share, self.config.stage_two_share)[current]
-        budget_s = 60 * self.config.minutes * share
+        shares = self.config.shares
+        budget_s = 60 * self.config.minutes * shares[current] / sum(shares)
         return min(1.0, self.spent_s[current] / budget_s) if budget_s else 1.0
 
     def run(self, checkpoint: Path | None = None, stop_after: int | None = None) -> None:
-        """Trains to the end of stage II, or for `stop_after` iterations."""
+        """Trains to the end of the last stage, or for `stop_after` iterations."""
         left = stop_after
         saved = time.monotonic()
-        while self.stage <= 2:
+        while self.stage <= STAGES:
             current = self.stage - 1
-            seed = self.config.seed * 2 + current
+            seed = self.config.seed * 4 + current
             source = batches(self.pairs, self.config.batch, self.config.draw, seed, self.done[current])
             while self.progress() < 1 and left != 0:
                 began = time.monotonic()
@@ -148,9 +156,9 @@ class Training:
 
     def _next_stage(self) -> None:
         self.stage += 1
-        if self.stage == 2:
-            # Stage II learns to serve the averaged network, which is the one that is exported.
-            self.network.load_state_dict(self.average)
+        # A stage goes on with the averaged network, which is the one that is exported.
+        self.network.load_state_dict(self.average)
+        if self.stage <= STAGES:
             self.optimizer = self._optimizer()
 
     def step(self, batch: Batch) -> None:
@@ -169,10 +177,13 @@ class Training:
         for name, value in losses.items():
             self.recent[name] = 0.95 * self.recent.get(name, value.item()) + 0.05 * value.item()
 
-    def _noise(self, batch: Batch) -> tuple[int, Tensor]:
-        """How many diffusion steps this iteration takes, and the noise it starts from."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.done[1])
+    def _noise(self, batch: Batch) -> tuple[int, Tensor | None]:
+        """How many diffusion steps this iteration takes, and the noise it starts from (None: the stored one)."""
+        number = self.config.seed * 1_000_003 + self.done[self.stage - 1]
+        generator = torch.Generator().manual_seed(number)
         steps = int(torch.randint(1, STEPS + 1, (1,), generator=generator))
+        if self.stage != 2:
+            return steps, None
         shape = (len(batch.infrared), *self.network.diffusion.noise.shape[1:])
         return steps, torch.randn(shape, generator=generator)
 
@@ -233,8 +244,8 @@ class Training:
         tensors = {name: value.contiguous() for name, value in self.average.items()}
         metadata = {
             "variant": self.config.variant,
-            "iterations": f"{self.done[0]}+{self.done[1]}",
-            "minutes": f"{self.spent_s[0] / 60:.1f}+{self.spent_s[1] / 60:.1f}",
+            "iterations": "+".join(str(done) for done in self.done),
+            "minutes": "+".join(f"{spent / 60:.1f}" for spent in self.spent_s),
         }
         save_file(tensors, path, metadata=metadata)
         path.chmod(0o644)  # the library keeps it to its owner, and a package is read by others
@@ -264,7 +275,7 @@ def warm_up(network: DSPFusion, pairs: list[Pair], config: TrainConfig) -> None:
         return
     views: list[tuple[Tensor, ...]] = []
     for number in range(-(-config.warm_up_items // config.batch)):
-        batch = draw_batch(pairs, config.batch, config.draw, config.seed * 2 + 1_000_000, number)
+        batch = draw_batch(pairs, config.batch, config.draw, config.seed * 4 + STAGES, number)
         pictures = (mosaic(picture).half() for picture in (batch.region_infrared, batch.region_visible))
         views.append((*pictures, batch.infrared_kind, batch.visible_kind))
     infrared, visible, infrared_kind, visible_kind = (torch.cat(column) for column in zip(*views, strict=True))
@@ -294,11 +305,11 @@ def _schedule(progress: float, iteration: int) -> float:
     return rise * (0.01 + 0.99 * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress)))))
 
 
-def stage_losses(network: DSPFusion, batch: Batch, stage: int, noise: tuple[int, Tensor]) -> dict[str, Tensor]:
+def stage_losses(network: DSPFusion, batch: Batch, stage: int, noise: tuple[int, Tensor | None]) -> dict[str, Tensor]:
     """The losses of one batch by the names of `LossWeights`.
 
     Args:
-        noise: number of diffusion steps and starting tokens; used in stage II.
+        noise: number of diffusion steps and starting tokens; not used in stage I.
     """
     clean = network.encode_semantics(*_reduced(batch.clean_region_infrared, batch.clean_region_visible))
     if stage == 1:
@@ -316,7 +327,7 @@ def stage_losses(network: DSPFusion, batch: Batch, stage: int, noise: tuple[int,
     losses = fusion_losses(fused, batch.clean_infrared, batch.clean_visible)
     if stage == 1:
         losses |= _degradation_losses(priors, batch)
-    else:
+    elif stage == 2:
         losses["tokens"] = F.l1_loss(priors.semantic, clean)
     return losses
 
@@ -357,7 +368,7 @@ def train(config: TrainConfig, resume: bool = False) -> Path:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m engines.training.train", description=__doc__)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--minutes", type=float, help="budget of both stages together")
+    parser.add_argument("--minutes", type=float, help="budget of all stages together")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     options = parser.parse_args(arguments)
     config = read_config(options.config)
