@@ -330,10 +330,16 @@ def bench(
 ) -> None:
     """Time the network on this machine's engines."""
     from engines.bench import bench as time_engines
+    from pipeline.live import engine_for
     from pipeline.telemetry import write_report
 
     sizes = [size_of(text) for text in size or ["640x480"]]
-    rows = time_engines(engine or ["openvino", "pytorch"], sizes, variant=variant, frames=frames)
+    engines = [engine_for(engine_config(name, variant)) for name in engine or ["openvino", "pytorch"]]
+    try:
+        rows = time_engines(engines, sizes, repeats=frames)
+    finally:
+        for serving in engines:
+            serving.close()
     if as_json:
         write_report({"rows": rows}, as_json)
     else:
@@ -360,13 +366,15 @@ def evaluate(
     as_json: AsJson = None,
 ) -> None:
     """Score the network on real pairs, clean and degraded, against the clean sources."""
-    from engines.evaluation.evaluate import evaluate_public_pairs
+    from engines.evaluation.evaluate import evaluate_folder
     from pipeline.live import engine_for
     from pipeline.telemetry import write_report
 
     serving = engine_for(engine_config(engine, variant))
     try:
-        result = evaluate_public_pairs(serving, data)
+        result = evaluate_folder(serving, data)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{error}: name the folder that holds eval/index.csv") from None
     finally:
         serving.close()
     write_report(result, as_json or "-")

@@ -1,10 +1,10 @@
 """What can go wrong because of what a user gave us, as opposed to a bug of ours.
 
-    DspfusionError           one line: what, why and what to do; the command exits with status 2
-    ├── ConfigError          a configuration that cannot be run
-    ├── SourceError          a camera or recording that cannot be read
-    │   └── SourceEnded      a recording is over (no fault)
-    └── PublishError         an endpoint that cannot be opened
+DspfusionError           one line: what, why and what to do; the command exits with status 2
+├── ConfigError          a configuration that cannot be run
+├── SourceError          a camera or recording that cannot be read
+│   └── SourceEnded      a recording is over (no fault)
+└── PublishError         an endpoint that cannot be opened
 """
 
 

@@ -19,8 +19,9 @@ from typing import Any
 
 from engines.base import FusionEngine
 from engines.selection import create_engine
-from pipeline.capture import Capture
-from pipeline.config import EngineConfig, RigConfig
+from pipeline.capture import RECYCLE_S, Capture
+from pipeline.config import EngineConfig, RigConfig, Source, SyncConfig
+from pipeline.errors import SourceError
 from pipeline.frame import AlignedPair, Camera, Frame, FramePair, FusedFrame
 from pipeline.fuse import Fuse
 from pipeline.gain import InfraredGain
@@ -115,14 +116,18 @@ class LivePipeline:
         self._on_fused = on_fused
         self._gain = InfraredGain(config.gain)
         self._register = Register(config.registration, self._gain)
-        self._sync = Sync(config.sync)
+        self._sync = Sync(with_rig_offset(config.sync, self._register))
         self._inbox = Inbox()
         self._ledger = FrameLedger(self.telemetry)
         sources = {
             "infrared": open_source(config.infrared, "infrared"),
             "visible": open_source(config.visible, "visible"),
         }
-        self._captures = {camera: Capture(sources[camera], self._inbox.put, config.capture) for camera in CAMERAS}
+        sections = {"infrared": config.infrared, "visible": config.visible}
+        self._captures = {
+            camera: Capture(sources[camera], self._inbox.put, config.capture, recycle_s(sections[camera]))
+            for camera in CAMERAS
+        }
         self._publisher = Publisher(config.publish, config.rig, health=self._health, on_published=self._published)
         self._video: BackgroundVideo | None = None
         try:
@@ -158,10 +163,13 @@ class LivePipeline:
         try:
             while not self._stop.is_set() and (deadline is None or time.monotonic() < deadline):
                 self._turn()
-                if all(capture.state == "ended" for capture in self._captures.values()):
+                if all(capture.state == "ended" or capture.failure for capture in self._captures.values()):
                     break
         finally:
             self._shut_down()
+        for camera, capture in self._captures.items():
+            if capture.failure is not None:  # of a recording; a camera is called back for ever
+                raise SourceError(f"{camera}: {capture.failure}")
         return self.report()
 
     def report(self) -> dict[str, Any]:
@@ -305,6 +313,17 @@ class LivePipeline:
                 for reason, count in reasons.items():
                     self.telemetry.drop(stage, f"{camera}_{reason}", count)
                     self.telemetry.frame_dropped(camera, stage, reason, count)
+
+
+def with_rig_offset(config: SyncConfig, register: Register) -> SyncConfig:
+    """The synchronisation with the clock offset that the calibration measured added to the configured one."""
+    offset_ms = register.rig.time_offset_ms if register.rig is not None else 0.0
+    return config.model_copy(update={"infrared_offset_ms": config.infrared_offset_ms + offset_ms})
+
+
+def recycle_s(source: Source) -> float:
+    """How long a connection may be silent before it is closed from outside: longer than the source's own patience."""
+    return max(RECYCLE_S, getattr(source, "read_timeout_s", 0.0) + 0.5)
 
 
 def engine_for(config: EngineConfig) -> FusionEngine:

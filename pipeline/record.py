@@ -60,7 +60,8 @@ class VideoFile:
         self._first_ns = time_ns if self._first_ns is None else self._first_ns
         pts = max(self._last_pts + 1, round((time_ns - self._first_ns) / 1e9 / TIME_BASE))
         even = cv2.copyMakeBorder(image, 0, image.shape[0] % 2, 0, image.shape[1] % 2, cv2.BORDER_REPLICATE)
-        frame = av.VideoFrame.from_ndarray(cv2.cvtColor(even, cv2.COLOR_RGB2YUV_I420), format="yuv420p")
+        planes = cv2.cvtColor(even, cv2.COLOR_RGB2YUV_I420).astype(np.uint8, copy=False)
+        frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
         frame.pts, frame.time_base, self._last_pts = pts, TIME_BASE, pts
         self._container.mux(self._stream.encode(frame))
         self.frames += 1

@@ -24,7 +24,7 @@ from pipeline.errors import SourceEnded, SourceError
 from pipeline.frame import Camera, Frame, FusedFrame
 from pipeline.fuse import Fuse
 from pipeline.gain import InfraredGain
-from pipeline.live import FrameLedger, describe_engine, engine_for
+from pipeline.live import FrameLedger, describe_engine, engine_for, with_rig_offset
 from pipeline.publish import PublishContext, Publisher
 from pipeline.record import VideoFile
 from pipeline.recording import probe, refuse_unlikely
@@ -99,7 +99,7 @@ def replay(
         infrared = _frames(config.infrared, "infrared", rate_hz)
         visible = _frames(config.visible, "visible", rate_hz)
         started_ns = time.monotonic_ns()
-        for pair in pair_recordings(infrared, visible, config.sync, account):
+        for pair in pair_recordings(infrared, visible, with_rig_offset(config.sync, register), account):
             if stopped():
                 break
             if config.rate_hz:

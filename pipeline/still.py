@@ -52,9 +52,9 @@ def read_pair(infrared: Path, visible: Path) -> FramePair:
     """
     thermal = cv2.imread(str(infrared), cv2.IMREAD_UNCHANGED)
     colour = cv2.imread(str(visible), cv2.IMREAD_COLOR_RGB)
-    for path, image in ((infrared, thermal), (visible, colour)):
-        if image is None:
-            raise SourceError(f"{path} cannot be read as an image: give a PNG, JPEG, TIFF, BMP or WebP file")
+    if thermal is None or colour is None:
+        unreadable = infrared if thermal is None else visible
+        raise SourceError(f"{unreadable} cannot be read as an image: give a PNG, JPEG, TIFF, BMP or WebP file")
     if thermal.ndim == 3:
         if is_colour(thermal[..., :3]) and not is_colour(colour):
             raise SourceError(

@@ -185,7 +185,8 @@ def test_every_command_has_help(monkeypatch, capsys):
 
 
 def test_view_and_subscribe_start_without_torch():
-    code = "import sys, pipeline.cli, pipeline.client, pipeline.viewer.server; print([m for m in ('torch', 'cv2', 'openvino') if m in sys.modules])"
+    modules = "sys, pipeline.cli, pipeline.client, pipeline.viewer.server"
+    code = f"import {modules}; print([m for m in ('torch', 'cv2', 'openvino') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
 
@@ -195,7 +196,8 @@ def test_a_signal_ends_a_run_within_two_seconds_with_report_and_status_0(tmp_pat
     (tmp_path / "rig.yaml").write_text(SYNTHETIC_RIG + "output: {video: fused.mp4, report: report.json}\n")
     script = (
         "import pipeline.live, pipeline.cli, sys; from tests.rigs.engines import MaximumEngine; "
-        "pipeline.live.engine_for = lambda _: MaximumEngine(); sys.argv = ['dspfusion', 'run', 'rig.yaml']; pipeline.cli.main()"
+        "pipeline.live.engine_for = lambda _: MaximumEngine(); "
+        "sys.argv = ['dspfusion', 'run', 'rig.yaml']; pipeline.cli.main()"
     )
     root = Path(__file__).resolve().parent.parent
     process = subprocess.Popen(

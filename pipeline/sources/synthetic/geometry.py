@@ -19,7 +19,7 @@ from pipeline.config import SyntheticSource
 from pipeline.frame import Camera
 
 VISIBLE_FOV_DEG = 55.0  # horizontal, before distortion
-INFRARED_FOV_DEG = 45.0
+INFRARED_FOV_DEG = 60.0
 INFRARED_POSITION_M = (0.080, -0.012, 0.005)  # of the infrared lens, in visible coordinates
 INFRARED_ROTATION_DEG = (0.35, -0.55, 0.30)  # rotation vector, infrared from visible
 CAMERA_HEIGHT_M = 2.1
