@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +16,9 @@ from engines.dspfusion.diffusion import STEPS, SemanticDiffusion, alpha_bars, st
 from engines.dspfusion.network import DSPFusion, PriorTokens, pad
 from engines.dspfusion.priors import mosaic, thumbnail
 from engines.dspfusion.variants import VARIANTS, build, default_weights, load
+from engines.evaluation.degradations import degrade
+from engines.evaluation.evaluate import public_pairs
+from engines.training.losses import luminance
 
 TINY = dataclasses.replace(
     VARIANTS["nano"],
@@ -230,3 +234,41 @@ def test_the_shipped_nano_shows_the_other_source_when_one_is_black():
     only_visible = fused(network, torch.zeros_like(scene), colours, 4)
     assert (only_infrared - scene).abs().mean() < 0.1
     assert (only_visible - colours).abs().mean() < 0.1
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("degradation", ["ir_stripe", "vis_haze", "vis_blur"])
+def test_the_shipped_nano_names_what_spoils_a_real_pair(data_dir: Path, degradation: str):
+    expected = {"ir_stripe": "stripes", "vis_haze": "haze", "vis_blur": "blur"}[degradation]
+    network, _ = load("nano")
+    found = 0
+    names = ("msrs/00095D", "msrs/00349D", "msrs/00537D", "msrs/01413D")
+    for pair_read in public_pairs(data_dir, names):
+        infrared, visible = degrade(degradation, pair_read.infrared, pair_read.visible, seed=1)
+        with torch.no_grad():
+            priors = network.estimate_priors(
+                torch.from_numpy(infrared)[None, None] / 255, torch.from_numpy(visible).permute(2, 0, 1)[None] / 255, 4
+            )
+        kinds, logits = INFRARED_DEGRADATIONS, priors.infrared_logits
+        if degradation.startswith("vis"):
+            kinds, logits = VISIBLE_DEGRADATIONS, priors.visible_logits
+        found += kinds[int(logits.argmax())] == expected
+    assert found >= 3  # of four
+
+
+@pytest.mark.realdata
+def test_the_restored_tokens_serve_better_than_those_of_the_hazy_pair(data_dir: Path):
+    """What the diffusion is for: the picture comes nearer to the one that the clean pair's brighter source shows."""
+    network, _ = load("nano")
+    pair_read = next(public_pairs(data_dir, ("msrs/00349D",)))
+    infrared, visible = degrade("vis_haze", pair_read.infrared, pair_read.visible, seed=1)
+    inputs = (torch.from_numpy(infrared)[None, None] / 255, torch.from_numpy(visible).permute(2, 0, 1)[None] / 255)
+    light = pair_read.visible @ np.array([0.299, 0.587, 0.114])
+    brighter = torch.from_numpy(np.maximum(pair_read.infrared, light) / 255)
+    errors = []
+    with torch.no_grad():
+        priors = network.estimate_priors(*inputs, 4)
+        for semantic in (network.encode_semantics(*inputs), priors.semantic):
+            picture = network(*inputs, priors.degradation_infrared, priors.degradation_visible, semantic)
+            errors.append((luminance(picture)[0, 0] - brighter).abs().mean())
+    assert errors[1] < errors[0] / 2

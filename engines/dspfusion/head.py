@@ -36,6 +36,8 @@ class RestoredHead(nn.Module):
     of one channel.
     """
 
+    plain: Tensor
+    colours: Tensor
     MAPS = 8  # visible gain, offset; infrared gain, offset; gate; chroma gain; blue and red chroma offset
 
     def __init__(self, width: int, step: int) -> None:
@@ -53,9 +55,6 @@ class RestoredHead(nn.Module):
         colours = torch.tensor([[RED, GREEN, BLUE], [-RED, -GREEN, 1 - BLUE], [1 - RED, -GREEN, -BLUE]])
         self.register_buffer("plain", one, persistent=False)
         self.register_buffer("colours", (one * colours[:, None, :, None, None]).flatten(0, 1), persistent=False)
-
-    plain: Tensor
-    colours: Tensor
 
     def forward(self, x: Tensor, infrared: Tensor, visible: Tensor) -> Tensor:
         maps = [layer(x) for layer in self.maps]

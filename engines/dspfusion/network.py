@@ -139,12 +139,16 @@ class DSPFusion(nn.Module):
     def estimate_priors(self, infrared: Tensor, visible: Tensor, steps: int) -> PriorTokens:
         """Reads the priors of a pair of frames.
 
+        Give whole frames at their own resolution: the small views are taken inside, and a frame that was reduced before
+        no longer shows its noise, stripes and blur.
+
         Args:
             infrared: (B, 1, H, W) in [0, 1].
             visible: (B, 3, H, W) in [0, 1].
             steps: diffusion steps, 1 to 10.
-            Give whole frames at their own resolution: the small views are taken inside, and a frame that was reduced
-            before no longer shows its noise, stripes and blur.
+
+        Raises:
+            EngineError: the number of steps cannot be run.
         """
         return self.complete_priors(infrared, visible, self.encode_semantics(infrared, visible), steps)
 
