@@ -257,6 +257,7 @@ def subscribe(
     codec: Annotated[str, typer.Option(help="raw or jpeg (msg for health and event).")] = "raw",
     rig: Annotated[str | None, typer.Option(help="Only this rig.")] = None,
     duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
+    timeout: Annotated[float, typer.Option(help="Give up after so many seconds without a message.")] = 10.0,
     server_key: Annotated[Path | None, typer.Option(help="Public key of an encrypted publisher.")] = None,
     secret_key: Annotated[Path | None, typer.Option(help="This client's secret key.")] = None,
     as_json: AsJson = None,
@@ -275,6 +276,7 @@ def subscribe(
         server_key=server_key,
         secret_key=secret_key,
         duration_s=duration,
+        timeout_s=timeout,
         echo=None if as_json == "-" else print,
     )
     if as_json:

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pipeline.client import Client
-from pipeline.config import RigConfig
-from pipeline.live import LivePipeline
+from pipeline.config import EngineConfig, RigConfig
+from pipeline.live import LivePipeline, engine_for
 from tests.rigs.engines import MaximumEngine
 from tests.rigs.rtsp_server import RtspServer, free_port, missing_gst, rtsp_server
 
@@ -33,6 +34,15 @@ def two_servers(**options) -> Iterator[tuple[RtspServer, RtspServer]]:
     """One server per camera, so that one of them can die."""
     with rtsp_server(**options) as infrared, rtsp_server(**options) as visible:
         yield infrared, visible
+
+
+@pytest.fixture(scope="module")
+def warm_engine() -> None:
+    """A rig that was started before: its engine is in the cache."""
+    engine = engine_for(EngineConfig())
+    infrared, visible = np.zeros((480, 640), np.uint8), np.zeros((480, 640, 3), np.uint8)
+    engine.fuse(infrared, visible, engine.estimate_priors(infrared, visible))
+    engine.close()
 
 
 def run_for(seconds: float, folder: Path) -> tuple[dict, dict, str]:
@@ -74,6 +84,7 @@ def assert_accounted(report: dict) -> None:
         assert account["captured"] == account["used"] + sum(account["dropped"].values())
 
 
+@pytest.mark.usefixtures("warm_engine")
 def test_two_rtsp_cameras_are_fused_and_reach_a_subscriber_in_another_process(tmp_path: Path):
     report, received, output = run_for(12, tmp_path)
     assert report["modes"]["fused"] > 120
@@ -88,6 +99,7 @@ def test_two_rtsp_cameras_are_fused_and_reach_a_subscriber_in_another_process(tm
 
 @pytest.mark.benchmarks
 @pytest.mark.timeout(200)
+@pytest.mark.usefixtures("warm_engine")
 def test_sixty_seconds_at_25_hz(tmp_path: Path):
     report, received, _ = run_for(60, tmp_path)
     figures = {key: report[key] for key in ("fps", "frames_in", "modes", "dropped", "latency_ms", "skew_ms", "engine")}
