@@ -17,6 +17,8 @@ from dataclasses import asdict, replace
 from threading import Condition, Event
 from typing import Any
 
+import numpy as np
+
 from engines.base import FusionEngine
 from engines.selection import create_engine
 from pipeline.capture import RECYCLE_S, Capture
@@ -157,6 +159,7 @@ class LivePipeline:
     def run(self, duration_s: float | None = None) -> dict[str, Any]:
         """Runs until `stop`, the end of both recordings, or `duration_s`, and returns the report."""
         self._started_ns = time.monotonic_ns()
+        self._warm_up()
         deadline = None if duration_s is None else time.monotonic() + duration_s
         for capture in self._captures.values():
             capture.start()
@@ -188,6 +191,15 @@ class LivePipeline:
         )
 
     # The flow
+
+    def _warm_up(self) -> None:
+        """Has the runtime compiled before the cameras start, where the size of the picture is known in advance."""
+        size = expected_size(self.config, self._register)
+        if size is not None:
+            infrared = np.zeros((size[1], size[0]), np.uint8)
+            visible = np.zeros((size[1], size[0], 3), np.uint8)
+            self._engine.fuse(infrared, visible, self._engine.estimate_priors(infrared, visible))
+            self._warm = True
 
     def _turn(self) -> None:
         """One turn of the flow: what came in, what is due, and one picture at the most."""
@@ -319,6 +331,14 @@ def with_rig_offset(config: SyncConfig, register: Register) -> SyncConfig:
     """The synchronisation with the clock offset that the calibration measured added to the configured one."""
     offset_ms = register.rig.time_offset_ms if register.rig is not None else 0.0
     return config.model_copy(update={"infrared_offset_ms": config.infrared_offset_ms + offset_ms})
+
+
+def expected_size(config: RigConfig, register: Register) -> tuple[int, int] | None:
+    """(width, height) of the visible picture as far as calibration or configuration tell; None for network video."""
+    if register.rig is not None:
+        return register.rig.visible.size
+    width, height = getattr(config.visible, "width", None), getattr(config.visible, "height", None)
+    return (width, height) if width and height else None
 
 
 def recycle_s(source: Source) -> float:

@@ -161,6 +161,19 @@ def test_a_calibrated_rig_is_reported_as_such(tmp_path: Path):
     assert report["fused"] > 10
 
 
+def test_the_engine_is_compiled_before_the_cameras_start_where_the_size_is_known():
+    class CompilesAtFirst(MaximumEngine):
+        def fuse(self, infrared, visible, priors):
+            if not self.calls:
+                assert visible.shape == (240, 320, 3)
+                time.sleep(1)
+            return super().fuse(infrared, visible, priors)
+
+    report = LivePipeline(rig_config(), engine=CompilesAtFirst()).run(duration_s=2)
+    assert "starting" not in report["dropped"].get("fuse", {})
+    assert report["accounting"]["vis"]["dropped"].get("capture.handover", 0) == 0
+
+
 def test_a_port_in_use_is_one_clear_line_and_leaves_nothing_open():
     first = LivePipeline(rig_config(), engine=MaximumEngine())
     config = rig_config(publish={"endpoint": first.endpoint})
