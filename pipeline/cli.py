@@ -79,7 +79,6 @@ def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str
     from pipeline.live import LivePipeline
     from pipeline.telemetry import write_report
 
-    console.print("preparing the engine (the first start on a machine compiles it: about 10 s)")
     pipeline = LivePipeline(config)
     with stopping_on_signals(pipeline.stop), viewer_of(config, pipeline.endpoint) as address:
         console.print(f"rig [bold]{config.rig}[/]: fused frames at {pipeline.endpoint or 'no endpoint'}")
