@@ -37,6 +37,7 @@ from pipeline.telemetry import Telemetry
 log = logging.getLogger("dspfusion.live")
 
 INBOX_FRAMES = 8  # per camera: about a third of a second; more would only be late
+WAITING_PAIRS = 2  # one that is due and one behind it: a hiccup is caught up with, and latency stays bounded
 IDLE_S = 0.05  # how often the flow looks up when no frame comes
 CAMERAS: tuple[Camera, Camera] = ("infrared", "visible")
 
@@ -120,6 +121,7 @@ class LivePipeline:
         self._register = Register(config.registration, self._gain)
         self._sync = Sync(with_rig_offset(config.sync, self._register))
         self._inbox = Inbox()
+        self._waiting: deque[FramePair] = deque()
         self._ledger = FrameLedger(self.telemetry)
         sources = {
             "infrared": open_source(config.infrared, "infrared"),
@@ -205,32 +207,34 @@ class LivePipeline:
         """One turn of the flow: what came in, what is due, and one picture at the most."""
         for frame in self._inbox.take(self._patience_s()):
             self._sync.add(frame, time.monotonic_ns())
-        self._process(self._sync.poll(time.monotonic_ns()))
+        self._waiting.extend(self._sync.poll(time.monotonic_ns()))
+        while len(self._waiting) > WAITING_PAIRS:
+            self._drop(self._waiting.popleft(), "overload")
+        if not self._waiting:
+            return
+        pair = self._waiting.popleft()
+        if self._warm:
+            self._fuse_and_publish(pair)
+        else:
+            self._warm_up_with(pair)
 
     def _patience_s(self) -> float:
         deadline = self._sync.next_deadline_ns
+        if self._waiting:
+            return 0.0
         if deadline is None:
             return IDLE_S
         return min(IDLE_S, max(0.0, (deadline - time.monotonic_ns()) / 1e9))
 
-    def _process(self, pairs: list[FramePair]) -> None:
-        if not pairs:
-            return
-        for pair in pairs[:-1]:  # late already: only the newest is worth the time
-            self._drop(pair, "overload")
-        pair = pairs[-1]
-        if not self._warm:
-            # The first pair has the runtime compiled for this size. What came in meanwhile is late.
-            self._warm = True
-            aligned = self._register(pair)
-            self._fuse_safely(aligned)
-            self._drop(pair, "starting")
-            for frame in self._inbox.take(0):
-                self._sync.add(frame, time.monotonic_ns())
-            for late in self._sync.poll(time.monotonic_ns()):
-                self._drop(late, "starting")
-            return
-        self._fuse_and_publish(pair)
+    def _warm_up_with(self, pair: FramePair) -> None:
+        """The first pair has the runtime compiled for its size. It and what came in meanwhile are late."""
+        self._warm = True
+        self._fuse_safely(self._register(pair))
+        for frame in self._inbox.take(0):
+            self._sync.add(frame, time.monotonic_ns())
+        for late in [pair, *self._waiting, *self._sync.poll(time.monotonic_ns())]:
+            self._drop(late, "starting")
+        self._waiting.clear()
 
     def _drop(self, pair: FramePair, reason: str) -> None:
         self.telemetry.pair(pair.mode, pair.skew_ms)
@@ -305,7 +309,7 @@ class LivePipeline:
             capture.stop(timeout_s=0.6)
         for frame in self._inbox.take(0):
             self._sync.add(frame, time.monotonic_ns())
-        for pair in self._sync.flush():
+        for pair in [*self._waiting, *self._sync.flush()]:
             self._drop(pair, "stopping")
         self._fuse.close()
         self._publisher.close()
