@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.commands.calibrate import app as calibrate_app
 from pipeline.errors import ConfigError, DspfusionError
 from pipeline.redaction import redact
 
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(no_args_is_help=True, help="Check a rig's configuration, or print what it may contain.")
 app.add_typer(config_app, name="config")
+app.add_typer(calibrate_app, name="calibrate")
 console = Console(stderr=True)
 
 Report = Annotated[
