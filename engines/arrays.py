@@ -52,7 +52,7 @@ def checked_priors(priors: Priors, widths: tuple[int, int]) -> tuple[NDArray[np.
 
 
 def priors_from(arrays: Sequence[NDArray[np.float32]]) -> Priors:
-    """`Priors` of a network's five outputs, the last two already probabilities."""
+    """`Priors` of a network's seven outputs, in the order of its fields."""
     return Priors(*(np.array(array, dtype=np.float32) for array in arrays))
 
 

@@ -7,8 +7,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-VISIBLE_DEGRADATIONS = ("none", "low_light", "over_exposure", "blur", "noise", "rain", "haze")
-INFRARED_DEGRADATIONS = ("none", "low_contrast", "noise", "stripes", "blur")
+VISIBLE_DEGRADATIONS = ("none", "low_light", "over_exposure", "blur", "noise", "rain", "haze", "compression")
+INFRARED_DEGRADATIONS = ("none", "low_contrast", "noise", "stripes", "blur", "dead_pixels", "banding")
 
 
 class EngineError(Exception):
@@ -24,6 +24,10 @@ class Priors:
     semantic: np.ndarray  # float32 (16, semantic width), restored by the diffusion
     infrared_probabilities: np.ndarray  # float32 (len(INFRARED_DEGRADATIONS),), sums to 1
     visible_probabilities: np.ndarray  # float32 (len(VISIBLE_DEGRADATIONS),), sums to 1
+    infrared_strength: (
+        np.floating | np.ndarray
+    )  # float32 (), 0 (just visible, or none) to 1 (the strongest that was trained)
+    visible_strength: np.floating | np.ndarray  # float32 ()
 
     def blend(self, newer: Priors, share: float) -> Priors:
         """Moves from these priors towards `newer`: share 0 keeps these, 1 takes the newer ones."""

@@ -68,7 +68,7 @@ def _low_light(picture: Picture, strength: float, random: np.random.Generator) -
     """Gamma 1.5 to 3, shot noise of the few photons left, and read noise."""
     dark = picture ** _within(strength, 1.5, 3.0)
     photons = _within(strength, 2000, 300)
-    read = random.uniform(0.2, 1.0) * _within(strength, 0.02, 0.06)
+    read = random.uniform(0.2, 1.0) * _within(strength, 0.02, 0.07)
     return dark + np.sqrt(dark / photons + read**2) * _normal(dark.shape, random)
 
 
@@ -113,17 +113,43 @@ def _rain(picture: Picture, strength: float, random: np.random.Generator) -> Pic
 
 
 def _haze(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
-    """Air light that thickens across the picture: no stretch of the whole picture undoes it."""
+    """Air light that thickens across the picture, mostly upwards, where the road is farther: no stretch undoes it."""
     air = random.uniform(0.7, 0.95)
-    depth = 0.6 + 0.8 * _smooth_field(picture.shape, random)
+    upwards = np.linspace(1, 0, picture.shape[0], dtype=np.float32)[:, None]
+    rise = random.uniform(0, 1)
+    depth = 0.6 + 0.8 * (rise * upwards + (1 - rise) * _smooth_field(picture.shape, random))
     kept = np.exp(-_within(strength, 0.25, 1.1) * depth)[..., None]
     return np.asarray(picture * kept + air * (1 - kept), dtype=np.float32)
 
 
+def _compression(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
+    """Blocks and lost colour detail of JPEG at quality 40 down to 8."""
+    quality = round(_within(strength, 40, 8))
+    coded = cv2.imencode(".jpg", np.rint(picture * 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    decoded = np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.float32)
+    return np.asarray(decoded / 255, np.float32)
+
+
+def _dead_pixels(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
+    """Single detectors, and a few pairs, that are stuck cold or hot."""
+    dead = random.random(picture.shape, dtype=np.float32) < _within(strength, 0.0005, 0.01)
+    dead[:, 1:] |= dead[:, :-1] & (random.random((picture.shape[0], picture.shape[1] - 1)) < 0.2)
+    stuck = (random.random(picture.shape) < 0.5).astype(np.float32)
+    return np.asarray(np.where(dead, stuck, picture), np.float32)
+
+
+def _banding(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
+    """Too few grey levels, as of a narrow temperature range that was stored in 8 bits: 32 levels down to 8."""
+    levels = _within(strength, 32, 8)
+    phase = random.random()
+    return np.asarray((np.floor(picture * levels + phase) + 0.5 - phase) / levels, np.float32)
+
+
 def _low_contrast(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
-    """Squeezed about its mean."""
+    """Squeezed about its mean, more in some places than in others."""
     mean = float(picture.mean())
-    return (picture - mean) * _within(strength, 0.6, 0.25) + mean + random.uniform(-0.05, 0.05)
+    kept = _within(strength, 0.6, 0.25) * (0.85 + 0.3 * _smooth_field(picture.shape, random))
+    return np.asarray((picture - mean) * kept + mean + random.uniform(-0.05, 0.05), np.float32)
 
 
 def _stripes(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
@@ -136,8 +162,12 @@ def _stripes(picture: Picture, strength: float, random: np.random.Generator) -> 
 
 
 _VISIBLE: dict[str, Kind] = dict(
-    zip(VISIBLE_DEGRADATIONS, (_none, _low_light, _over_exposure, _blur, _noise, _rain, _haze), strict=True)
+    zip(
+        VISIBLE_DEGRADATIONS,
+        (_none, _low_light, _over_exposure, _blur, _noise, _rain, _haze, _compression),
+        strict=True,
+    )
 )
 _INFRARED: dict[str, Kind] = dict(
-    zip(INFRARED_DEGRADATIONS, (_none, _low_contrast, _noise, _stripes, _blur), strict=True)
+    zip(INFRARED_DEGRADATIONS, (_none, _low_contrast, _noise, _stripes, _blur, _dead_pixels, _banding), strict=True)
 )

@@ -39,7 +39,7 @@ class FrameGraph(nn.Module):
 
 
 class PriorGraph(nn.Module):
-    """The path of the priors, from bytes to three token sets and two sets of probabilities."""
+    """The path of the priors, from bytes to three token sets, two sets of probabilities and two strengths."""
 
     def __init__(self, network: DSPFusion, diffusion_steps: int) -> None:
         super().__init__()
@@ -54,6 +54,8 @@ class PriorGraph(nn.Module):
             priors.semantic[0],
             priors.infrared_logits[0].softmax(-1),
             priors.visible_logits[0].softmax(-1),
+            priors.infrared_strength[0],
+            priors.visible_strength[0],
         )
 
 

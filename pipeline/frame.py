@@ -99,4 +99,5 @@ class FusedFrame:
     index: int  # counts up by one per fused frame
     latency_ms: dict[str, float] = field(default_factory=dict)  # by stage
     degradation: dict[str, dict[str, float]] = field(default_factory=dict)  # camera -> kind -> probability
+    degradation_strength: dict[str, float] = field(default_factory=dict)  # camera -> 0 (just visible) to 1
     priors_age_frames: int = 0

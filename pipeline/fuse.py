@@ -128,6 +128,7 @@ class Fuse:
             mode=aligned.pair.mode,
             index=self._index,
             degradation=readout(priors, presence),
+            degradation_strength=strengths(priors, presence),
             priors_age_frames=self.keeper.age_frames(self._index),
         )
         self._index += 1
@@ -145,6 +146,12 @@ def readout(priors: Priors, presence: tuple[bool, bool]) -> dict[str, dict[str, 
     if presence[1]:
         perceived["visible"] = _named(VISIBLE_DEGRADATIONS, priors.visible_probabilities)
     return perceived
+
+
+def strengths(priors: Priors, presence: tuple[bool, bool]) -> dict[str, float]:
+    """How strong the perceived degradation is, 0 to 1, for each camera that is live."""
+    found = {"infrared": priors.infrared_strength, "visible": priors.visible_strength}
+    return {name: round(float(found[name]), 3) for name, there in zip(found, presence, strict=True) if there}
 
 
 def _named(kinds: tuple[str, ...], probabilities: np.ndarray) -> dict[str, float]:

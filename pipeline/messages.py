@@ -163,6 +163,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     # quality
     degradation: dict[str, dict[str, float]] = {}  # what the model perceives: camera -> kind -> probability
+    degradation_strength: dict[str, float] = {}  # camera -> 0 (just visible) to 1 (the strongest that was trained)
     infrared_share: float | None = msgspec.field(name="ir_share", default=None)
     visible_share: float | None = msgspec.field(name="vis_share", default=None)
     flicker: float | None = None

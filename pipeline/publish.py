@@ -404,6 +404,7 @@ class Publisher:
                 camera: {kind: float(share) for kind, share in kinds.items()}
                 for camera, kinds in fused.degradation.items()
             },
+            degradation_strength=dict(fused.degradation_strength),
             latency_us=latency | {"total": age_us or 0},
             drops=dict(context.drops) | {"publish": self._handover.dropped},
         )

@@ -81,7 +81,7 @@ def test_in_the_background_only_the_first_frame_waits():
 def test_a_missing_camera_is_black_and_has_no_readout():
     fused = Fuse(MaximumEngine(), PriorsConfig(), background=False)(aligned(visible=False))
     assert (fused.image == 200).all()
-    assert set(fused.degradation) == {"infrared"}
+    assert set(fused.degradation) == set(fused.degradation_strength) == {"infrared"}
 
 
 def test_outside_the_infrared_view_the_visible_picture_stands_alone():

@@ -33,8 +33,10 @@ class PriorTokens(NamedTuple):
     degradation_infrared: Tensor  # (B, 16, Cd)
     degradation_visible: Tensor  # (B, 16, Cd)
     semantic: Tensor  # (B, 16, Cs)
-    infrared_logits: Tensor  # (B, 5), in the order of INFRARED_DEGRADATIONS
-    visible_logits: Tensor  # (B, 7), in the order of VISIBLE_DEGRADATIONS
+    infrared_logits: Tensor  # (B, 7), in the order of INFRARED_DEGRADATIONS
+    visible_logits: Tensor  # (B, 8), in the order of VISIBLE_DEGRADATIONS
+    infrared_strength: Tensor  # (B,), 0 to 1: how strong that degradation is
+    visible_strength: Tensor  # (B,)
     infrared_embedding: Tensor  # (B, Cd), 128 wide in the published size
     visible_embedding: Tensor  # (B, Cd)
 
@@ -131,6 +133,8 @@ class DSPFusion(nn.Module):
         self.unet = FusionUNet(variant)
         self.name_infrared = nn.Linear(variant.degradation_tokens, len(INFRARED_DEGRADATIONS))
         self.name_visible = nn.Linear(variant.degradation_tokens, len(VISIBLE_DEGRADATIONS))
+        self.rate_infrared = nn.Linear(variant.degradation_tokens, 1)
+        self.rate_visible = nn.Linear(variant.degradation_tokens, 1)
 
     def encode_semantics(self, infrared: Tensor, visible: Tensor) -> Tensor:
         """Semantic tokens (B, 16, Cs) of a pair as it is (not restored)."""
@@ -167,6 +171,8 @@ class DSPFusion(nn.Module):
             semantic,
             self.name_infrared(infrared_embedding),
             self.name_visible(visible_embedding),
+            torch.sigmoid(self.rate_infrared(infrared_embedding)[:, 0]),
+            torch.sigmoid(self.rate_visible(visible_embedding)[:, 0]),
             infrared_embedding,
             visible_embedding,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,11 @@ from engines.degrade import degrade_infrared, degrade_visible
 
 LARGE_PX = 700
 DARK = 0.25  # mean luminance under which a picture counts as taken at night
+SECOND_STRENGTH = 0.3  # at most
 IGNORED = -100  # label of a missing modality: its kind is not to be named
+
+
+Degrade = Callable[[NDArray[np.float32], str, int, float], NDArray[np.float32]]
 
 
 class Pair(NamedTuple):
@@ -40,7 +44,9 @@ class Draw:
     crop_px: int = 128  # ... and a crop of it is fused
     clean_share: float = 0.25  # of each modality, independently
     missing_share: float = 0.05  # of the items: one modality is black
-    shift_px: int = 1  # the infrared region is moved by up to this much
+    shift_px: int = 2  # the infrared region is moved by up to this much
+    gamma_range: float = 0.25  # the clean infrared picture's curve is bent by up to this share, as gains differ
+    second_share: float = 0.2  # of the degraded pictures of a modality: a second, weak degradation follows the first
 
 
 class Batch(NamedTuple):
@@ -56,6 +62,8 @@ class Batch(NamedTuple):
     clean_visible: Tensor
     infrared_kind: Tensor  # (B,) index into INFRARED_DEGRADATIONS
     visible_kind: Tensor  # (B,) index into VISIBLE_DEGRADATIONS
+    infrared_strength: Tensor  # (B,) in [0, 1]; 0 where the kind is "none"
+    visible_strength: Tensor  # (B,)
 
 
 def read_pairs(folder: Path, subsets: tuple[str, ...], fields: Path | None, least_px: int) -> list[Pair]:
@@ -120,31 +128,50 @@ def draw_batch(pairs: list[Pair], size: int, draw: Draw, seed: int, iteration: i
     items = [_draw_item(pairs[int(random.integers(len(pairs)))], draw, random) for _ in range(size)]
     columns = list(zip(*items, strict=True))
     pictures = [torch.from_numpy(np.stack(column)) for column in columns[:8]]
-    return Batch._make((*pictures, torch.tensor(columns[8]), torch.tensor(columns[9])))
+    return Batch._make((*pictures, *(torch.tensor(column) for column in columns[8:])))
 
 
 def _draw_item(pair: Pair, draw: Draw, random: np.random.Generator) -> tuple[object, ...]:
     clean_infrared, clean_visible = _region(pair, draw, random)
-    infrared_kind = _kind(INFRARED_DEGRADATIONS, draw.clean_share, random)
-    visible_kind = _kind(VISIBLE_DEGRADATIONS, draw.clean_share, random)
+    kinds = [
+        _kind(INFRARED_DEGRADATIONS, draw.clean_share, random),
+        _kind(VISIBLE_DEGRADATIONS, draw.clean_share, random),
+    ]
     strength = random.random(2)
-    if VISIBLE_DEGRADATIONS[visible_kind] == "low_light" and clean_visible.mean() < DARK:
+    if VISIBLE_DEGRADATIONS[kinds[1]] == "low_light" and clean_visible.mean() < DARK:
         strength[1] *= 0.4  # a night scene darkened further shows nothing to restore
-    seeds = random.integers(1 << 31, size=2)
-    infrared = degrade_infrared(clean_infrared, INFRARED_DEGRADATIONS[infrared_kind], int(seeds[0]), float(strength[0]))
-    visible = degrade_visible(clean_visible, VISIBLE_DEGRADATIONS[visible_kind], int(seeds[1]), float(strength[1]))
+    infrared = _degraded(degrade_infrared, INFRARED_DEGRADATIONS, clean_infrared, kinds[0], strength[0], draw, random)
+    visible = _degraded(degrade_visible, VISIBLE_DEGRADATIONS, clean_visible, kinds[1], strength[1], draw, random)
     if random.random() < draw.missing_share:
         if random.random() < 0.5:
-            infrared, clean_infrared, infrared_kind = np.zeros_like(infrared), np.zeros_like(infrared), IGNORED
+            infrared, clean_infrared, kinds[0] = np.zeros_like(infrared), np.zeros_like(infrared), IGNORED
         else:
-            visible, clean_visible, visible_kind = np.zeros_like(visible), np.zeros_like(visible), IGNORED
+            visible, clean_visible, kinds[1] = np.zeros_like(visible), np.zeros_like(visible), IGNORED
     regions = [
         picture[None] if picture.ndim == 2 else np.ascontiguousarray(picture.transpose(2, 0, 1))
         for picture in (infrared, visible, clean_infrared, clean_visible)
     ]
     top, left = random.integers(draw.region_px - draw.crop_px + 1, size=2)
     crops = [region[:, top : top + draw.crop_px, left : left + draw.crop_px] for region in regions]
-    return (*regions, *crops, infrared_kind, visible_kind)
+    strengths = [float(value) if kind > 0 else 0.0 for value, kind in zip(strength, kinds, strict=True)]
+    return (*regions, *crops, *kinds, *strengths)
+
+
+def _degraded(
+    degrade: Degrade,
+    kinds: tuple[str, ...],
+    clean: NDArray[np.float32],
+    kind: int,
+    strength: float,
+    draw: Draw,
+    random: np.random.Generator,
+) -> NDArray[np.float32]:
+    """The picture with its degradation; what a camera delivers in bad weather is seldom spoiled in one way alone."""
+    spoiled = degrade(clean, kinds[kind], int(random.integers(1 << 31)), float(strength))
+    if kind > 0 and random.random() < draw.second_share:
+        second = kinds[int(random.integers(1, len(kinds)))]
+        spoiled = degrade(spoiled, second, int(random.integers(1 << 31)), SECOND_STRENGTH * float(random.random()))
+    return spoiled
 
 
 def _kind(kinds: tuple[str, ...], clean_share: float, random: np.random.Generator) -> int:
@@ -162,8 +189,8 @@ def _region(pair: Pair, draw: Draw, random: np.random.Generator) -> tuple[NDArra
     visible = pair.visible[top : top + size, left : left + size]
     if random.random() < 0.5:
         infrared, visible = infrared[:, ::-1], visible[:, ::-1]
-    # One multiplication instead of a division by 255, and the copy that flipping needs anyway.
-    return infrared * np.float32(1 / 255), visible * np.float32(1 / 255)
+    bend = np.float32(1 + draw.gamma_range * random.uniform(-1, 1))
+    return (infrared * np.float32(1 / 255)) ** bend, visible * np.float32(1 / 255)
 
 
 def batches(pairs: list[Pair], size: int, draw: Draw, seed: int, start: int) -> Iterator[Batch]:

@@ -13,13 +13,14 @@ from engines.dspfusion.head import BLUE, GREEN, RED
 
 @dataclass(frozen=True)
 class LossWeights:
-    structure: float = 2.0
+    structure: float = 1.0
     intensity: float = 15.0
-    consistency: float = 1.0
+    consistency: float = 0.25
     colour: float = 20.0
-    gradient: float = 10.0
+    gradient: float = 20.0
     contrast: float = 0.1  # InfoNCE on the degradation embeddings
     naming: float = 0.5  # cross entropy of the degradation names
+    rating: float = 0.5  # L1 of their strengths
     tokens: float = 10.0  # stage II: L1 between restored and clean semantic tokens
 
 

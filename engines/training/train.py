@@ -343,7 +343,18 @@ def _degradation_losses(priors: PriorTokens, batch: Batch) -> dict[str, Tensor]:
     naming = F.cross_entropy(priors.infrared_logits, batch.infrared_kind) + F.cross_entropy(
         priors.visible_logits, batch.visible_kind
     )
-    return {"contrast": info_nce(embeddings, torch.cat([batch.infrared_kind, visible])), "naming": naming}
+    return {
+        "contrast": info_nce(embeddings, torch.cat([batch.infrared_kind, visible])),
+        "naming": naming,
+        "rating": _rating(priors.infrared_strength, batch.infrared_strength, batch.infrared_kind)
+        + _rating(priors.visible_strength, batch.visible_strength, batch.visible_kind),
+    }
+
+
+def _rating(found: Tensor, true: Tensor, kind: Tensor) -> Tensor:
+    """L1 of the strengths where the modality is there."""
+    there = (kind >= 0).to(found)
+    return ((found - true).abs() * there).sum() / there.sum().clamp(min=1)
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path:

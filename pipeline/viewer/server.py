@@ -410,6 +410,7 @@ def make_packet(message: messages.Message, now_utc_ns: int) -> bytes:
         },
         "stages_ms": {name: value / 1e3 for name, value in header.latency_us.items()},
         "degradation": header.degradation,
+        "degradation_strength": header.degradation_strength,
         "calibrated": header.calibrated,
         "engine": [part for part in (header.model, header.runtime, header.precision) if part],
         "drops": header.drops,

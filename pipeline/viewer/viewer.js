@@ -164,7 +164,11 @@ function refresh() {
   trace = trace.filter(([time]) => now - time <= 10000);
   drawTrace(now);
   showStages(live ? fused.facts.stages_ms : {});
-  for (const camera of ["infrared", "visible"]) showBars(camera, live ? fused.facts.degradation[camera] : null);
+  for (const camera of ["infrared", "visible"]) {
+    showBars(camera, live ? fused.facts.degradation[camera] : null);
+    const strength = live ? fused.facts.degradation_strength[camera] : undefined;
+    element(`strength-${camera}`).textContent = strength === undefined ? "" : `strength ${Math.round(strength * 100)} %`;
+  }
   showFacts(live ? fused.facts : null);
 }
 

@@ -22,7 +22,9 @@ class MaximumEngine:
     def estimate_priors(self, infrared: np.ndarray, visible: np.ndarray) -> Priors:
         self.estimates += 1
         token = np.full((16, 8), visible.mean() / 255, np.float32)
-        return Priors(token, token, token, one_hot(INFRARED_DEGRADATIONS), one_hot(VISIBLE_DEGRADATIONS))
+        strength = np.float32(0)
+        kinds = one_hot(INFRARED_DEGRADATIONS), one_hot(VISIBLE_DEGRADATIONS)
+        return Priors(token, token, token, *kinds, strength, strength)
 
     def fuse(self, infrared: np.ndarray, visible: np.ndarray, priors: Priors) -> np.ndarray:
         self.calls += 1
