@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import zipfile
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import EngineError, FusionEngine, Priors
+from engines.cache import EngineCache
+from engines.dspfusion import variants
 
 Image = NDArray[np.uint8]
 
 MINIMUM_PX = 32  # below, the border is wider than the picture that is mirrored into it
-REFERENCE_SIZE = (
-    136,
-    168,
-)  # height and width; no multiple of a network's stride, so that padding is compared, too
+# Height and width; no multiple of a network's stride, so that padding is compared, too.
+REFERENCE_SIZE = (136, 168)
 PSNR_LIMIT_DB = {"fp32": 50.0, "bf16": 40.0, "fp16": 40.0, "int8": 35.0}
 TOKEN_LIMIT = 0.05  # root mean square; tokens have about unit variance
 
@@ -72,6 +75,20 @@ class Reference:
         )
         return cls(tokens, engine.fuse(infrared, visible, priors))
 
+    @classmethod
+    def cached(cls, cache: EngineCache, key: str, make: Callable[[], Reference]) -> Reference:
+        """The reference that the cache holds under `key`; made, and kept there, if it holds none that can be read."""
+        with cache.building(key):
+            if (entry := cache.find(key)) is not None:
+                try:
+                    with np.load(entry / "reference.npz", allow_pickle=False) as arrays:
+                        return cls(arrays["tokens"], arrays["fused"])
+                except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                    cache.report(f"entry {key[:8]} cannot be read and is made again ({last_line(error)})")
+            made = make()
+            cache.store(key, lambda folder: np.savez(folder / "reference.npz", tokens=made.tokens, fused=made.fused))
+            return made
+
 
 def reference_pair(size: tuple[int, int] = REFERENCE_SIZE) -> tuple[Image, Image]:
     """A fixed pair with everything that can go wrong in it: ramps, edges, texture, colour, black and white."""
@@ -114,6 +131,39 @@ def refuse_unless_close(engine: FusionEngine, reference: Reference) -> float:
     if not psnr >= limit:
         raise EngineError(f"{refusal} ({psnr:.1f} dB, at least {limit:g} needed): use runtime 'pytorch' or fp32")
     return psnr
+
+
+def shape_of(variant: str) -> variants.Variant:
+    """The numbers of a variant.
+
+    Raises:
+        EngineError: if there is none of this name.
+    """
+    if variant not in variants.VARIANTS:
+        raise EngineError(f"there is no variant '{variant}': choose one of {', '.join(variants.VARIANTS)}")
+    return variants.VARIANTS[variant]
+
+
+def weights_sha256(variant: str, weights: Path | None) -> str:
+    """The SHA-256 of a variant's weights file.
+
+    Raises:
+        EngineError: if there is no such file.
+    """
+    path = variants.default_weights(variant) if weights is None else Path(weights)
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise EngineError(
+            f"the weights {path.name} of variant '{variant}' cannot be read ({error.strerror}): "
+            "give a safetensors file, or train it with `dspfusion train`"
+        ) from error
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text, where libraries put the reason; at most 160 characters."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:160] if lines else type(error).__name__
 
 
 def _to_bytes(image: NDArray[np.float64]) -> Image:

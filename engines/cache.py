@@ -1,8 +1,9 @@
 """Converted networks, kept between runs so that a start takes a second instead of ten.
 
 An entry is a folder named by the hash of everything that it depends on, with a manifest of its files' digests. It is
-written aside and renamed, so it is whole or not there. A cache that cannot be used costs time and never a frame: it is
-warned of once, counted, and done without.
+written aside and renamed, so it is whole or not there, and one process at a time builds it. What is kept here is run in
+the end (an engine file is a program), so nothing is read that anybody else could have written. A cache that cannot be
+used costs time and never a frame: it is warned of once, counted, and done without.
 """
 
 from __future__ import annotations
@@ -15,13 +16,22 @@ import shutil
 import stat
 import tempfile
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 log = logging.getLogger("dspfusion.engines")
 
 MANIFEST = "manifest.json"
 ENTRIES_KEPT = 24  # the oldest go; nano takes 5 MB an entry, base 60 MB
+BUILD_PATIENCE_S = 900.0  # for another process that builds the same engine; TensorRT takes minutes
+LEFTOVER_S = 86400.0  # what a killed build left behind is removed after a day
+_NEW, _LOCK = ".new-", ".lock-"
+
+
+class ForeignFileError(PermissionError):
+    """A file or folder that somebody else owns or may write: it is never read."""
 
 
 def cache_folder() -> Path:
@@ -50,6 +60,45 @@ def processor_fingerprint() -> str:
     return hashlib.sha256(abilities.encode()).hexdigest()[:16]
 
 
+def source_sha256(*more: Path) -> str:
+    """The network's code as one hash: it is part of what is converted. `more` names a runtime's own files."""
+    digest = hashlib.sha256()
+    engines = Path(__file__).resolve().parent
+    for path in (*sorted((engines / "dspfusion").glob("*.py")), engines / "pytorch_engine.py", *more):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def private_folder(folder: Path) -> Path:
+    """Makes a folder that only this user may enter.
+
+    Raises:
+        ForeignFileError: it is there, and others own it or may write to it.
+        OSError: it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    refuse_foreign(folder)
+    return folder
+
+
+def refuse_foreign(path: Path) -> None:
+    """Makes sure that nobody but this user (or the system's administrator) can have written a file or folder.
+
+    Raises:
+        ForeignFileError: others own it or may write it, or it is a link to somewhere else.
+        OSError: it cannot be looked at.
+    """
+    if not hasattr(os, "getuid"):
+        return
+    status = path.lstat()
+    if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
+        raise ForeignFileError(f"{path} is no plain file or folder: set DSPFUSION_CACHE to a folder of your own")
+    if status.st_uid != os.getuid():
+        raise ForeignFileError(f"{path} belongs to another user: set DSPFUSION_CACHE to a folder of your own")
+    if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ForeignFileError(f"others may write to {path}: make it yours with chmod -R go-w")
+
+
 class EngineCache:
     """Folders of files by key. Safe for several threads and processes; never raises for a cache that is unfit."""
 
@@ -60,46 +109,72 @@ class EngineCache:
         self._lock = threading.Lock()
 
     def find(self, key: str) -> Path | None:
-        """The folder of a whole entry, its digests checked; None if there is none. A damaged one is removed."""
+        """The folder of a whole entry, its owner and its digests checked; None if there is none.
+
+        A damaged entry is removed. A foreign one is left where it is, and not read.
+        """
         entry = self.folder / key
         try:
             if not entry.is_dir():
                 return None
-            self._refuse_foreign(self.folder)
-            digests = json.loads((entry / MANIFEST).read_text())
-            damaged = [name for name, digest in digests["files"].items() if _digest(entry / name) != digest]
-            if damaged:
-                raise ValueError(f"{', '.join(damaged)} changed since it was written")
+            for path in (self.folder, entry, entry / MANIFEST):
+                refuse_foreign(path)
+            files = json.loads((entry / MANIFEST).read_text())["files"]
+            for name in files:
+                refuse_foreign(entry / name)
+            damaged = [name for name, digest in files.items() if _digest(entry / name) != digest]
+            if damaged or not files:
+                raise ValueError(f"{', '.join(damaged) or MANIFEST} changed since it was written")
             os.utime(entry)  # the oldest by use are removed first
             return entry
+        except ForeignFileError as error:
+            self.report(f"entry {key[:8]} is not read ({error})")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             self.report(f"entry {key[:8]} is damaged and is made again ({error})")
             shutil.rmtree(entry, ignore_errors=True)
-            return None
+        return None
 
     def store(self, key: str, write: Callable[[Path], None]) -> Path | None:
         """Lets `write` fill a new folder and makes it the entry of `key`; None if that cannot be done here."""
         aside: Path | None = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._refuse_foreign(self.folder)
-            aside = Path(tempfile.mkdtemp(prefix=".new-", dir=self.folder))  # mkdtemp: mode 0700
+            private_folder(self.folder)
+            aside = Path(tempfile.mkdtemp(prefix=_NEW, dir=self.folder))  # mkdtemp: mode 0700
             write(aside)
-            files = {path.name: _digest(path) for path in sorted(aside.iterdir())}
+            files = {}
+            for path in sorted(aside.iterdir()):
+                path.chmod(0o600)
+                files[path.name] = _digest(path)
             (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+            (aside / MANIFEST).chmod(0o600)
             entry = self.folder / key
-            shutil.rmtree(entry, ignore_errors=True)
+            if entry.exists():
+                refuse_foreign(entry)
+                shutil.rmtree(entry, ignore_errors=True)
             aside.rename(entry)
             self._prune()
             return entry
+        except ForeignFileError as error:
+            self.report(f"{self.folder} is not used ({error})")
         except (OSError, RuntimeError) as error:
-            if (self.folder / key / MANIFEST).is_file():
-                return self.folder / key  # another process was faster
+            if aside is not None and (self.folder / key / MANIFEST).is_file():
+                return self.find(key)  # another process was faster
             self.report(f"{self.folder} cannot be written ({error})")
-            return None
         finally:
             if aside is not None:
                 shutil.rmtree(aside, ignore_errors=True)
+        return None
+
+    @contextmanager
+    def building(self, key: str, patience_s: float = BUILD_PATIENCE_S) -> Iterator[None]:
+        """While one process (or thread) is inside for a key, others wait, and then find what it built.
+
+        Where that cannot be arranged, or after `patience_s`, both build: `store` keeps a whole entry in any case.
+        """
+        with _locked(self._lock_file(key), patience_s) as alone:
+            if not alone:
+                self.report(f"the lock of entry {key[:8]} cannot be had: it may be built twice")
+            yield
 
     def report(self, fault: str) -> None:
         """Counts a fault, and warns of the first one."""
@@ -109,21 +184,57 @@ class EngineCache:
         if first:
             log.warning("engine cache: %s; starts are slower until this is mended", fault)
 
+    def _lock_file(self, key: str) -> Path | None:
+        try:
+            return private_folder(self.folder) / f"{_LOCK}{key}"
+        except OSError:
+            return None  # what is wrong with the folder is reported when the entry is stored
+
     def _prune(self) -> None:
-        entries = [path for path in self.folder.iterdir() if path.is_dir() and not path.name.startswith(".new-")]
-        for old in sorted(entries, key=lambda path: path.stat().st_mtime)[:-ENTRIES_KEPT]:
+        entries: list[tuple[float, Path]] = []
+        for path in self.folder.iterdir():
+            try:
+                used = path.stat().st_mtime
+            except OSError:
+                continue  # another process removed it
+            if path.name.startswith((_NEW, _LOCK)):
+                if used < time.time() - LEFTOVER_S:
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            elif path.is_dir():
+                entries.append((used, path))
+        for _, old in sorted(entries)[:-ENTRIES_KEPT]:
             shutil.rmtree(old, ignore_errors=True)
 
-    @staticmethod
-    def _refuse_foreign(folder: Path) -> None:
-        """What is loaded here is executed in the end: nobody else may be able to write it."""
-        if not hasattr(os, "getuid"):
-            return
-        status = folder.stat()
-        if status.st_uid != os.getuid():
-            raise PermissionError(f"{folder} belongs to another user: set DSPFUSION_CACHE to a folder of your own")
-        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise PermissionError(f"others may write to {folder}: make it yours with chmod 700")
+
+@contextmanager
+def _locked(path: Path | None, patience_s: float) -> Iterator[bool]:
+    """Holds an exclusive lock on a file; False if it was not to be had. The system frees it when a process dies."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: engines are built twice there at worst
+        yield True
+        return
+    if path is None:
+        yield True
+        return
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        yield False
+        return
+    try:
+        deadline, alone = time.monotonic() + patience_s, False
+        while not alone:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                alone = True
+            except OSError:
+                if time.monotonic() >= deadline:
+                    break
+                time.sleep(0.05)
+        yield alone
+    finally:
+        os.close(descriptor)
 
 
 def _digest(path: Path) -> str:

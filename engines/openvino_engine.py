@@ -8,7 +8,6 @@ graph.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import os
 import sys
@@ -16,7 +15,7 @@ import tempfile
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -29,12 +28,14 @@ from engines.arrays import (
     Reference,
     checked_pair,
     checked_priors,
+    last_line,
     priors_from,
     refuse_unless_close,
+    shape_of,
+    weights_sha256,
 )
 from engines.base import EngineDescription, EngineError, Priors
-from engines.cache import EngineCache, cache_key, processor_fingerprint
-from engines.dspfusion import variants
+from engines.cache import EngineCache, cache_key, processor_fingerprint, source_sha256
 
 if TYPE_CHECKING:
     from engines.pytorch_engine import PyTorchEngine
@@ -98,7 +99,7 @@ class OpenVINOEngine:
         self._openvino = import_openvino()
         self._core = self._openvino.Core()
         self._variant, self._weights, self._diffusion_steps = variant, weights, diffusion_steps
-        shape = _shape_of(variant)
+        shape = shape_of(variant)
         self._token_widths = (shape.degradation_tokens, shape.semantic_tokens)
         self.cache = EngineCache() if cache is None else cache
         self._compiled: dict[tuple[int, int], dict[str, _Program]] = {}
@@ -154,15 +155,12 @@ class OpenVINOEngine:
         raise EngineError(f"OpenVINO on a processor does not serve {asked} here: choose fp32, bf16 or auto")
 
     def _verify(self) -> float:
-        key = self._key("reference", REFERENCE_SIZE)
-        reference = None
-        if (entry := self.cache.find(key)) is not None:
-            reference = self._read(entry, _read_reference)
-        if reference is None:
-            with _one_torch_thread():
-                reference = Reference.of(self._reference())
-            self.cache.store(key, lambda folder: _write_reference(folder, reference))
+        reference = Reference.cached(self.cache, self._key("reference", REFERENCE_SIZE), self._ask_pytorch)
         return refuse_unless_close(self, reference)
+
+    def _ask_pytorch(self) -> Reference:
+        with _one_torch_thread():
+            return Reference.of(self._reference())
 
     def _program(self, graph: str, size: tuple[int, ...]) -> _Program:
         height, width = size
@@ -195,38 +193,41 @@ class OpenVINOEngine:
         try:
             return _Program(self._core.compile_model(model, "CPU", options))
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO cannot compile this network ({_first_line(error)}): use 'pytorch'") from error
+            raise EngineError(f"OpenVINO cannot compile this network ({last_line(error)}): use 'pytorch'") from error
 
     def _models(self, height: int, width: int) -> dict[str, Any]:
         """The converted graphs for a size, from the cache or from PyTorch."""
         key = self._key("model", (height, width))
-        if (entry := self.cache.find(key)) is not None and (models := self._read(entry, self._read_models)) is not None:
-            return dict(models)
-        with _one_torch_thread():
-            converted = self._convert(height, width)
+        with self.cache.building(key):
+            if (models := self._cached_models(key)) is not None:
+                return models
+            with _one_torch_thread():
+                converted = self._convert(height, width)
 
-        def write(folder: Path) -> None:
-            for graph, model in converted.items():
-                self._openvino.save_model(model, folder / f"{graph}.xml", compress_to_fp16=False)
+            def write(folder: Path) -> None:
+                for graph, model in converted.items():
+                    self._openvino.save_model(model, folder / f"{graph}.xml", compress_to_fp16=False)
 
-        # Read back even now: what was saved compiles to slightly other arithmetic, and a first run shall give the same
-        # bits as every later one.
-        if (entry := self.cache.store(key, write)) is not None:
+            # Read back even now: what was saved compiles to slightly other arithmetic, and a first run shall give the
+            # same bits as every later one.
+            if (entry := self.cache.store(key, write)) is not None:
+                return self._read_models(entry)
+            aside = tempfile.TemporaryDirectory(prefix="dspfusion-")
+            self._aside.append(aside)  # until the engine is closed: the weights are mapped from the file
+            write(Path(aside.name))
+            return self._read_models(Path(aside.name))
+
+    def _cached_models(self, key: str) -> dict[str, Any] | None:
+        if (entry := self.cache.find(key)) is None:
+            return None
+        try:
             return self._read_models(entry)
-        aside = tempfile.TemporaryDirectory(prefix="dspfusion-")
-        self._aside.append(aside)  # until the engine is closed: the weights are mapped from the file
-        write(Path(aside.name))
-        return self._read_models(Path(aside.name))
+        except (OSError, RuntimeError) as error:
+            self.cache.report(f"entry {key[:8]} cannot be read and is made again ({last_line(error)})")
+            return None
 
     def _read_models(self, folder: Path) -> dict[str, Any]:
         return {graph: self._core.read_model(folder / f"{graph}.xml") for graph in GRAPHS}
-
-    def _read(self, entry: Path, read: Callable[[Path], Any]) -> Any:
-        try:
-            return read(entry)
-        except (OSError, RuntimeError, ValueError, KeyError) as error:
-            self.cache.report(f"entry {entry.name[:8]} cannot be read and is made again ({_first_line(error)})")
-            return None
 
     def _convert(self, height: int, width: int) -> dict[str, Any]:
         import torch
@@ -244,7 +245,7 @@ class OpenVINOEngine:
                 "frame": self._convert_graph(FrameGraph(network), (*pair, degradation, degradation.clone(), semantic)),
             }
         except RuntimeError as error:
-            raise EngineError(f"OpenVINO cannot convert this network ({_first_line(error)}): use 'pytorch'") from error
+            raise EngineError(f"OpenVINO cannot convert this network ({last_line(error)}): use 'pytorch'") from error
 
     def _convert_graph(self, graph: Any, example: tuple[Any, ...]) -> Any:
         import torch
@@ -282,7 +283,7 @@ class OpenVINOEngine:
             variant=description.variant,
             weights=description.weights_sha256,
             diffusion_steps=self._diffusion_steps,
-            network=_source_sha256(),
+            network=source_sha256(Path(__file__)),
             openvino=self._openvino.__version__,
             torch=importlib.metadata.version("torch"),
             processor=processor_fingerprint(),
@@ -320,48 +321,3 @@ def _one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def weights_sha256(variant: str, weights: Path | None) -> str:
-    """The SHA-256 of a variant's weights file.
-
-    Raises:
-        EngineError: if there is no such file.
-    """
-    path = variants.default_weights(variant) if weights is None else Path(weights)
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        raise EngineError(
-            f"the weights {path.name} of variant '{variant}' cannot be read ({error.strerror}): "
-            "give a safetensors file, or train it with `dspfusion train`"
-        ) from error
-
-
-def _shape_of(variant: str) -> variants.Variant:
-    if variant not in variants.VARIANTS:
-        raise EngineError(f"there is no variant '{variant}': choose one of {', '.join(variants.VARIANTS)}")
-    return variants.VARIANTS[variant]
-
-
-def _source_sha256() -> str:
-    """The network's code is part of what was converted."""
-    digest = hashlib.sha256()
-    engines = Path(__file__).resolve().parent
-    for path in (*sorted((engines / "dspfusion").glob("*.py")), engines / "pytorch_engine.py", Path(__file__)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
-def _read_reference(folder: Path) -> Reference:
-    with np.load(folder / "reference.npz", allow_pickle=False) as arrays:
-        return Reference(arrays["tokens"], arrays["fused"])
-
-
-def _write_reference(folder: Path, reference: Reference) -> None:
-    np.savez(folder / "reference.npz", tokens=reference.tokens, fused=reference.fused)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:160] if lines else type(error).__name__
