@@ -124,6 +124,11 @@ class PriorsConfig(Section):
     scene_change: float = Field(12.0, gt=0)  # mean thumbnail difference (grey levels) that asks for new priors at once
 
 
+class SteadyConfig(Section):
+    enabled: bool = True
+    share: float = Field(0.25, gt=0, le=1)  # of its newest value, that a pixel takes on where nothing moves
+
+
 class PublishConfig(Section):
     endpoint: str = "tcp://127.0.0.1:5560"  # XPUB; "" publishes nothing
     streams: tuple[Literal["fused", "ir", "vis"], ...] = ("fused", "ir", "vis")
@@ -156,6 +161,7 @@ class RigConfig(Section):
     gain: GainConfig = GainConfig()
     engine: EngineConfig = EngineConfig()
     priors: PriorsConfig = PriorsConfig()
+    steady: SteadyConfig = SteadyConfig()
     publish: PublishConfig = PublishConfig()
     viewer: ViewerConfig = ViewerConfig()
     output: OutputConfig = OutputConfig()

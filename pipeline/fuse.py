@@ -14,9 +14,10 @@ import cv2
 import numpy as np
 
 from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, FusionEngine, Priors
-from pipeline.config import PriorsConfig
+from pipeline.config import PriorsConfig, SteadyConfig
 from pipeline.frame import AlignedPair, FusedFrame
 from pipeline.handover import Latest
+from pipeline.steady import Steady
 
 THUMBNAIL = (32, 24)
 
@@ -102,9 +103,12 @@ class PriorKeeper:
 class Fuse:
     """One aligned pair in, one fused frame out."""
 
-    def __init__(self, engine: FusionEngine, config: PriorsConfig, background: bool) -> None:
+    def __init__(
+        self, engine: FusionEngine, config: PriorsConfig, background: bool, steady: SteadyConfig | None = None
+    ) -> None:
         self._engine = engine
         self.keeper = PriorKeeper(engine, config, background)
+        self._steady = Steady(steady or SteadyConfig(enabled=False))
         self._index = 0
 
     def __call__(self, aligned: AlignedPair) -> FusedFrame:
@@ -122,6 +126,7 @@ class Fuse:
         if all(presence) and aligned.weight is not None:
             # Outside the infrared camera's view there is nothing to fuse: the visible picture fades in.
             image = cv2.blendLinear(image, visible, aligned.weight, 1 - aligned.weight)
+        image = self._steady(image, presence)
         fused = FusedFrame(
             image=image,
             aligned=aligned,

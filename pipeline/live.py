@@ -136,7 +136,7 @@ class LivePipeline:
         self._video: BackgroundVideo | None = None
         try:
             self._engine = engine or engine_for(config.engine)
-            self._fuse = Fuse(self._engine, config.priors, background=True)
+            self._fuse = Fuse(self._engine, config.priors, background=True, steady=config.steady)
             if config.output.video:
                 rate_hz = getattr(config.visible, "rate_hz", None) or 25.0
                 self._video = BackgroundVideo(config.output.video, rate_hz)
@@ -280,7 +280,7 @@ class LivePipeline:
             self.telemetry.fallback(line)
             self._fuse.close()
             self._engine = engine_for(self.config.engine.model_copy(update={"runtime": "pytorch", "precision": "fp32"}))
-            self._fuse = Fuse(self._engine, self.config.priors, background=True)
+            self._fuse = Fuse(self._engine, self.config.priors, background=True, steady=self.config.steady)
             return self._fuse(aligned)
 
     def _context(self) -> PublishContext:

@@ -17,6 +17,7 @@ from pipeline.config import (
     PriorsConfig,
     PublishConfig,
     RegistrationConfig,
+    SteadyConfig,
     StreamSource,
     SyncConfig,
 )
@@ -49,6 +50,7 @@ class ReplayConfig:
     rig: str = "replay"
     engine: EngineConfig = EngineConfig()
     priors: PriorsConfig = PriorsConfig()
+    steady: SteadyConfig = SteadyConfig()
     gain: GainConfig = GainConfig()
     sync: SyncConfig = SyncConfig()
 
@@ -92,12 +94,12 @@ def replay(
         stack.callback(engine.close)
         for line in engine.description.fallbacks:
             telemetry.fallback(line)
-        fuse = Fuse(engine, config.priors, background=False)
+        fuse = Fuse(engine, config.priors, background=False, steady=config.steady)
         ledger = FrameLedger(telemetry)
         if on_start is not None:
             on_start(infos[1].frames)
-        infrared = _frames(config.infrared, "infrared", rate_hz)
-        visible = _frames(config.visible, "visible", rate_hz)
+        infrared = frames_of(config.infrared, "infrared", rate_hz)
+        visible = frames_of(config.visible, "visible", rate_hz)
         started_ns = time.monotonic_ns()
         for pair in pair_recordings(infrared, visible, with_rig_offset(config.sync, register), account):
             if stopped():
@@ -135,7 +137,7 @@ def replay(
         )
 
 
-def _frames(path: str, camera: Camera, rate_hz: float) -> Iterator[Frame]:
+def frames_of(path: str, camera: Camera, rate_hz: float) -> Iterator[Frame]:
     """All frames of a recording, from first to last."""
     section = (
         FolderSource(path=path, rate_hz=rate_hz, realtime=False)
