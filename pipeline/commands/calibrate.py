@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import typer
 
+from pipeline.commands.time import time
+
 app = typer.Typer(no_args_is_help=True, help="Calibrate two cameras: find boards, solve, report, check, and time.")
 
 
@@ -19,3 +21,4 @@ def calibrate() -> None:
 
 
 # --- time: how far apart are the two clocks? (calibration/time_offset.py) ---
+app.command()(time)

@@ -1,0 +1,67 @@
+"""`dspfusion calibrate time`: how far apart the two cameras' clocks are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def time(
+    infrared: Annotated[str, typer.Argument(metavar="IR", help="Infrared video file or image folder.")],
+    visible: Annotated[str, typer.Argument(metavar="VIS", help="Visible video file or image folder.")],
+    max_offset: Annotated[
+        float, typer.Option(min=0.05, max=60, help="Search so many seconds to either side of no offset.")
+    ] = 2.0,
+    longest: Annotated[float, typer.Option(min=5, help="Read no more than so many seconds of each recording.")] = 300.0,
+    rate: Annotated[float, typer.Option(min=0.1, max=1000, help="Frames a second of image folders.")] = 25.0,
+    into: Annotated[
+        Path | None, typer.Option(help="Write the offset into this calibration file, for run and replay.")
+    ] = None,
+    as_json: Annotated[
+        str | None, typer.Option("--json", help="Write the result as JSON to this file; - is the terminal.")
+    ] = None,
+) -> None:
+    """Measure offset and drift of the two cameras' clocks from a recording in which the rig turns.
+
+    The offset is infrared time minus visible time of the same moment, at the recordings' beginning: what run and
+    replay take off the infrared time. 30 s of irregular turning give it to a millisecond, two minutes the drift.
+    """
+    from calibration.time_offset import NoSharedMotion
+    from pipeline.cli import console, progress
+    from pipeline.clock_recordings import compare_recordings
+    from pipeline.recording import probe, refuse_unlikely
+    from pipeline.telemetry import write_report
+
+    infos = probe(infrared), probe(visible)
+    refuse_unlikely(*infos)
+    with progress("motion") as (start, advance):
+        start(sum(min(info.frames, round(longest * (info.rate_hz or rate))) for info in infos))
+        try:
+            found = compare_recordings(infrared, visible, rate, max_offset, longest, advance)
+        except NoSharedMotion as refusal:
+            if as_json:
+                write_report(
+                    {"state": refusal.reason, "offset_ms": None, "drift_ppm": None, "confidence": 0.0}, as_json
+                )
+            raise
+    offset = found.offset
+    if as_json:
+        write_report(found.as_json(), as_json)
+    console.print(
+        f"the infrared clock is {offset.offset_ms:+.2f} ms (± {offset.offset_sigma_ms:.2f}) from the visible one, and "
+        f"gains {offset.drift_ppm:+.1f} ppm (± {offset.drift_sigma_ppm:.1f}); correlation {offset.correlation:.2f}, "
+        f"confidence {offset.confidence:.2f}"
+    )
+    if into is not None:
+        _write_into(into, offset.offset_ms)
+        console.print(f"written into {into}")
+
+
+def _write_into(calibration: Path, offset_ms: float) -> None:
+    from dataclasses import replace
+
+    from calibration.rig_file import load_rig, save_rig
+
+    save_rig(replace(load_rig(calibration), time_offset_ms=round(offset_ms, 3)), calibration)
