@@ -47,7 +47,11 @@ class PriorGraph(nn.Module):
         self.diffusion_steps = diffusion_steps
 
     def forward(self, infrared: Tensor, visible: Tensor) -> tuple[Tensor, ...]:
-        priors = self.network.estimate_priors(unit_infrared(infrared), unit_visible(visible), self.diffusion_steps)
+        return self.of_units(unit_infrared(infrared), unit_visible(visible))
+
+    def of_units(self, infrared: Tensor, visible: Tensor) -> tuple[Tensor, ...]:
+        """The same of pictures in [0, 1], (1, 1, H, W) and (1, 3, H, W)."""
+        priors = self.network.estimate_priors(infrared, visible, self.diffusion_steps)
         return (
             priors.degradation_infrared[0],
             priors.degradation_visible[0],
