@@ -97,6 +97,10 @@ class SyncConfig(Section):
 class RegistrationConfig(Section):
     calibration: str | None = None  # dspfusion-calibration/1 file; None: resize, flagged uncalibrated
     feather_px: float = Field(16.0, ge=0, le=200)
+    refine: bool = True  # follow a mount that moves; off: the calibration stays as it is
+    refine_every_s: float = Field(0.3, gt=0, le=60)  # least time between two comparisons of the cameras
+    max_shift_px: float = Field(12.0, gt=0, le=64)  # the correction goes no further, for a picture 640 pixels wide
+    slew_px: float = Field(0.25, gt=0, le=64)  # a frame: the picture does not jump
 
 
 class GainConfig(Section):

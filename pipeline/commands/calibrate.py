@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import typer
 
+from pipeline.commands.check import check
 from pipeline.commands.time import time
 
 app = typer.Typer(no_args_is_help=True, help="Calibrate two cameras: find boards, solve, report, check, and time.")
@@ -18,6 +19,7 @@ def calibrate() -> None:
 
 
 # --- check: is the calibration still right? (calibration/residual.py) ---
+app.command()(check)
 
 
 # --- time: how far apart are the two clocks? (calibration/time_offset.py) ---
