@@ -52,6 +52,13 @@ class EngineDescription:
     fallbacks: tuple[str, ...] = field(default=())  # what was tried before, and why it does not serve
 
 
+def fallbacks_of(engine: FusionEngine) -> list[str]:
+    """What an engine did without so far, one line each: runtimes that do not serve, faults of its cache."""
+    cache = getattr(engine, "cache", None)
+    faults = [] if cache is None else [f"engine cache: {fault}" for fault in cache.faults]
+    return [*engine.description.fallbacks, *faults]
+
+
 class FusionEngine(Protocol):
     """Runs the fusion network. `estimate_priors` and `fuse` may be called from two threads at once."""
 

@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-import os
-import subprocess
-import sys
-from dataclasses import replace
-from functools import cache
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from engines import gpu_probe
 from engines.base import EngineError, FusionEngine
+
+if TYPE_CHECKING:
+    from engines.tensorrt_engine import SizeRange
 
 log = logging.getLogger("dspfusion.engines")
 
 RUNTIMES = ("auto", "tensorrt", "compile", "openvino", "pytorch")
-PROBE_TIMEOUT_S = 60
+WHY = {
+    "tensorrt": "the fastest engine for this GPU",
+    "compile": "the compiled engine for GPUs without TensorRT",
+    "openvino": "the compiled engine for processors",
+    "pytorch": "the reference; nothing faster serves",
+}
+
+
+@dataclass(frozen=True)
+class _Order:
+    """What was asked for, but for the runtime."""
+
+    variant: str
+    precision: str
+    threads: int
+    diffusion_steps: int
+    weights: Path | None
+    sizes: SizeRange | None
 
 
 def create_engine(
@@ -26,96 +44,92 @@ def create_engine(
     threads: int = 0,
     diffusion_steps: int = 4,
     weights: Path | str | None = None,
+    sizes: SizeRange | None = None,
 ) -> FusionEngine:
     """Creates the engine that fuses.
 
     Args:
-        runtime: "auto" takes OpenVINO, and PyTorch where that does not serve; another one is that or an error.
+        runtime: "auto" takes the fastest that serves here: TensorRT, torch.compile (both on an NVIDIA GPU), OpenVINO,
+            PyTorch, in this order. Another name is that runtime or an error.
         variant: a name of `engines.dspfusion.variants.VARIANTS`.
         precision: "auto", "fp32", "bf16" or "fp16", as far as the runtime serves it.
-        threads: 0 chooses.
+        threads: on a processor; 0 chooses.
         diffusion_steps: 1 to 10.
         weights: a safetensors file; None takes the shipped weights of the variant.
+        sizes: has TensorRT build one engine for a range of picture sizes; the other runtimes take any size.
 
     Raises:
         EngineError: if nothing serves, or what was asked for by name does not.
     """
-    path = None if weights is None else Path(weights)
+    order = _Order(variant, precision, threads, diffusion_steps, None if weights is None else Path(weights), sizes)
     if not 1 <= diffusion_steps <= 10:
         raise EngineError(f"diffusion_steps is {diffusion_steps}: choose 1 to 10")
-    if runtime == "openvino":
-        return _openvino(variant, path, precision, threads, diffusion_steps, "asked for")
-    if runtime == "pytorch":
-        return _pytorch(variant, path, precision, threads, diffusion_steps, "asked for")
-    if runtime in ("tensorrt", "compile"):
-        raise EngineError(f"runtime '{runtime}' does not serve here: {gpu_refusal(runtime)}. Use 'auto'")
-    if runtime != "auto":
+    if runtime not in RUNTIMES:
         raise EngineError(f"there is no runtime '{runtime}': choose one of {', '.join(RUNTIMES)}")
-    return _automatic(variant, path, precision, threads, diffusion_steps)
+    if runtime == "auto":
+        return _automatic(order)
+    if runtime in ("tensorrt", "compile") and (reason := gpu_probe.refusal(runtime)) is not None:
+        raise EngineError(f"runtime '{runtime}' does not serve here: {reason}. Use 'auto'")
+    return _create(runtime, order, "asked for")
 
 
-def gpu_refusal(runtime: str) -> str:
-    """Why a GPU runtime does not serve on this machine, without loading it into this process."""
-    if not nvidia_driver_present():
-        return "it needs an NVIDIA GPU, and this machine has none (or no driver for it)"
-    if runtime == "tensorrt" and importlib.util.find_spec("torch_tensorrt") is None:
-        return "torch_tensorrt is not installed: install the extra 'tensorrt'"
-    if (reason := _torch_sees_no_gpu()) is not None:
-        return reason
-    return "this version serves no GPU yet"
+def _automatic(order: _Order) -> FusionEngine:
+    refused: list[tuple[str, str]] = []
+    for runtime in RUNTIMES[1:]:
+        gpu = runtime in ("tensorrt", "compile")
+        # A machine without an NVIDIA GPU gives nothing up, so there is nothing to tell.
+        if gpu and not gpu_probe.nvidia_driver_present():
+            continue
+        if gpu and (reason := gpu_probe.refusal(runtime)) is not None:
+            refused.append((runtime, reason))
+            continue
+        try:
+            engine = _create(runtime, order, WHY[runtime])
+        except EngineError as error:
+            if runtime == "pytorch":
+                raise  # a missing file or a wrong name: what the reference says is the answer
+            refused.append((runtime, str(error)))
+            continue
+        for name, reason in refused:
+            log.warning("runtime %s does not serve: %s", name, reason)
+        earlier = tuple(f"{name}: {reason}" for name, reason in refused)
+        engine.description = replace(engine.description, fallbacks=(*earlier, *engine.description.fallbacks))
+        log.info("engine: %s (%s)", engine.description.runtime, engine.description.why)
+        return engine
+    raise AssertionError("unreachable: pytorch serves, or raises")
 
 
-def nvidia_driver_present() -> bool:
-    """Whether an NVIDIA driver is loaded (Linux, and Linux inside Windows)."""
-    return any(os.path.exists(path) for path in ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/dxg"))
+def _create(runtime: str, order: _Order, why: str) -> FusionEngine:
+    return _FACTORIES[runtime](order, why)
 
 
-@cache
-def _torch_sees_no_gpu() -> str | None:
-    """Asks in another process: with a driver and a CUDA build that do not fit, the question can end in a crash."""
-    question = "import sys, torch; sys.exit(0 if torch.version.cuda and torch.cuda.is_available() else 3)"
-    try:
-        answer = subprocess.run(
-            [sys.executable, "-c", question], capture_output=True, timeout=PROBE_TIMEOUT_S, check=False
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        return f"the GPU could not be probed ({type(error).__name__})"
-    if answer.returncode == 3:
-        return "the installed PyTorch has no CUDA, or finds no GPU: install its CUDA build"
-    return None if answer.returncode == 0 else f"the GPU probe failed with status {answer.returncode}"
+def _tensorrt(order: _Order, why: str) -> FusionEngine:
+    from engines.tensorrt_engine import TensorRTEngine
+
+    return TensorRTEngine(order.variant, order.weights, order.precision, order.diffusion_steps, why, sizes=order.sizes)
 
 
-def _automatic(variant: str, weights: Path | None, precision: str, threads: int, diffusion_steps: int) -> FusionEngine:
-    fallbacks: list[str] = []
+def _compile(order: _Order, why: str) -> FusionEngine:
+    from engines.compile_engine import CompileEngine
 
-    def fall_back(runtime: str, reason: object) -> None:
-        fallbacks.append(f"{runtime}: {reason}")
-        log.warning("runtime %s does not serve: %s", runtime, reason)
-
-    if nvidia_driver_present():  # a machine without one gives up nothing, so there is nothing to tell
-        fall_back("tensorrt", gpu_refusal("tensorrt"))
-    try:
-        engine = _openvino(variant, weights, precision, threads, diffusion_steps, "the compiled engine for processors")
-    except EngineError as error:
-        # A missing file or a wrong name is no fault of OpenVINO: PyTorch then says the same, and that is the answer.
-        engine = _pytorch(variant, weights, precision, threads, diffusion_steps, "the reference; nothing faster serves")
-        fall_back("openvino", error)
-    if fallbacks:
-        engine.description = replace(engine.description, fallbacks=(*fallbacks, *engine.description.fallbacks))
-    return engine
+    return CompileEngine(order.variant, order.weights, order.precision, order.diffusion_steps, why)
 
 
-def _openvino(
-    variant: str, weights: Path | None, precision: str, threads: int, diffusion_steps: int, why: str
-) -> FusionEngine:
+def _openvino(order: _Order, why: str) -> FusionEngine:
     from engines.openvino_engine import OpenVINOEngine
 
-    return OpenVINOEngine(variant, weights, precision, threads, diffusion_steps, why)
+    return OpenVINOEngine(order.variant, order.weights, order.precision, order.threads, order.diffusion_steps, why)
 
 
-def _pytorch(
-    variant: str, weights: Path | None, precision: str, threads: int, diffusion_steps: int, why: str
-) -> FusionEngine:
+def _pytorch(order: _Order, why: str) -> FusionEngine:
     from engines.pytorch_engine import PyTorchEngine
 
-    return PyTorchEngine(variant, weights, precision, threads, diffusion_steps, why)
+    return PyTorchEngine(order.variant, order.weights, order.precision, order.threads, order.diffusion_steps, why)
+
+
+_FACTORIES: dict[str, Callable[[_Order, str], FusionEngine]] = {
+    "tensorrt": _tensorrt,
+    "compile": _compile,
+    "openvino": _openvino,
+    "pytorch": _pytorch,
+}

@@ -3,8 +3,8 @@
 One style for torch-tensorrt 2.11 to 2.14: the types come from the graph (halves and their fp32 islands are written into
 what is exported), and no precision is handed to the compiler, because newer versions refuse that and older ones then
 build something else. An engine is built for one picture size, so that it is replayed as a CUDA graph; a range of sizes
-can be built instead, without the graph. Engines are kept in our own cache: the library's keeps no weights in its key and
-reads pickles. What is read back is only ever a file that this user alone could have written.
+can be built instead, without the graph. Engines are kept in our own cache: the library's own has no weights in its key
+and reads pickles. What is read back is only ever a file that this user alone could have written.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from engines.base import EngineError
 from engines.cache import EngineCache, private_folder, refuse_foreign
 from engines.dspfusion.network import DSPFusion, pad
 from engines.gpu_frames import WARM_UP_RUNS, GPUEngine, Graph, InPrecision, Size
+from engines.gpu_probe import partner_versions
 from engines.pytorch_engine import PriorGraph, unit_infrared, unit_visible
 
 if TYPE_CHECKING:
@@ -121,13 +122,11 @@ class TensorRTEngine(GPUEngine):
         self._prior = UnitPriors(PriorGraph(self._network(), self._diffusion_steps))
 
     def _versions(self) -> dict[str, str]:
-        import tensorrt
-
         return {
             "torch": torch.__version__,
             "cuda": str(torch.version.cuda),
             "torch_tensorrt": self._trt.__version__,
-            "tensorrt": tensorrt.__version__,
+            "tensorrt": str(partner_versions()["tensorrt"]),
         }
 
     def _frame_graph(self, size: Size) -> Graph:

@@ -13,13 +13,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from threading import Condition, Event
 from typing import Any
 
 import numpy as np
 
-from engines.base import FusionEngine
+from engines.base import EngineError, FusionEngine, fallbacks_of
 from engines.selection import create_engine
 from pipeline.capture import RECYCLE_S, Capture
 from pipeline.config import EngineConfig, RigConfig, Source, SyncConfig
@@ -143,8 +144,7 @@ class LivePipeline:
         except BaseException:
             self._publisher.close()
             raise
-        for line in self._engine.description.fallbacks:
-            self.telemetry.fallback(line)
+        self._note_fallbacks()
         self._warm = False
         self._started_ns = 0
         self._first_fused_ns = 0
@@ -179,6 +179,7 @@ class LivePipeline:
 
     def report(self) -> dict[str, Any]:
         """The report of the run so far; exact once the run has ended."""
+        self._note_fallbacks()
         return self.telemetry.report(
             {camera: self._captures[camera].captured for camera in CAMERAS},
             engine=describe_engine(self._engine),
@@ -200,8 +201,12 @@ class LivePipeline:
         if size is not None:
             infrared = np.zeros((size[1], size[0]), np.uint8)
             visible = np.zeros((size[1], size[0], 3), np.uint8)
-            self._engine.fuse(infrared, visible, self._engine.estimate_priors(infrared, visible))
-            self._warm = True
+            while not self._warm:
+                try:
+                    self._engine.fuse(infrared, visible, self._engine.estimate_priors(infrared, visible))
+                    self._warm = True
+                except Exception as error:
+                    self._replace_engine(error)
 
     def _turn(self) -> None:
         """One turn of the flow: what came in, what is due, and one picture at the most."""
@@ -269,19 +274,41 @@ class LivePipeline:
             self._on_fused(fused)
 
     def _fuse_safely(self, aligned: AlignedPair) -> FusedFrame:
-        """Fuses; an engine that fails in flight is replaced by the reference engine, once, and that is reported."""
-        try:
-            return self._fuse(aligned)
-        except Exception as error:
-            if self._engine.description.runtime == "pytorch":
-                raise
-            line = f"{self._engine.description.runtime} failed while running ({error}): pytorch serves from now on"
-            log.warning(line)
+        """Fuses; an engine that fails in flight is replaced by a slower one, and that is reported."""
+        while True:
+            try:
+                return self._fuse(aligned)
+            except Exception as error:
+                self._replace_engine(error)
+
+    def _replace_engine(self, error: Exception) -> None:
+        """Puts a runtime that needs less in the place of the one that failed. Raises the error where none is left."""
+        failed = self._engine.description.runtime
+        if failed == "pytorch":
+            raise error
+        self._note_fallbacks()
+        reason = " ".join(str(error).split()) or type(error).__name__
+        self._fuse.close()
+        with suppress(Exception):
+            self._engine.close()
+        for runtime in ("openvino", "pytorch") if failed in ("tensorrt", "compile") else ("pytorch",):
+            config = self.config.engine.model_copy(update={"runtime": runtime, "precision": "auto"})
+            try:
+                self._engine = engine_for(config)
+            except EngineError as refusal:
+                self.telemetry.fallback(f"{runtime}: {refusal}")
+                if runtime == "pytorch":
+                    raise
+                continue
+            break
+        line = f"{failed} failed while running ({reason}): {self._engine.description.runtime} serves from now on"
+        log.warning(line)
+        self.telemetry.fallback(line)
+        self._fuse = Fuse(self._engine, self.config.priors, background=True, steady=self.config.steady)
+
+    def _note_fallbacks(self) -> None:
+        for line in fallbacks_of(self._engine):
             self.telemetry.fallback(line)
-            self._fuse.close()
-            self._engine = engine_for(self.config.engine.model_copy(update={"runtime": "pytorch", "precision": "fp32"}))
-            self._fuse = Fuse(self._engine, self.config.priors, background=True, steady=self.config.steady)
-            return self._fuse(aligned)
 
     def _context(self) -> PublishContext:
         return PublishContext(
