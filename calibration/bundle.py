@@ -1,0 +1,284 @@
+"""Both lenses, the pose between them and the board's pose in every view, adjusted together to what was measured.
+
+Gauss-Newton with the views' poses eliminated (Schur complement), so its cost grows with the views, not with their
+square. What each view says about the lenses and the rig (its reduced normal equations) is kept: with these, leaving
+views out or drawing them again for a bootstrap is a sum and one small solve.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import cv2
+import numpy as np
+
+from calibration.rig import CalibrationError, CameraModel, Rig
+
+CAMERAS = ("visible", "infrared")
+PER_CAMERA = 9  # fx fy cx cy k1 k2 p1 p2 k3
+POSE = slice(18, 24)  # of the rig: rotation vector, translation (metres)
+SHARED = 24
+HUBER_SIGMAS = 2.5  # a point farther off counts less
+MAX_STEPS = 30
+
+# What is free of a lens, from stiff to free: the entries fx fy cx cy k1 k2 p1 p2 k3; fx and fy move together
+# where `square` says that pixels are square.
+LENS_MODELS: dict[str, tuple[str, bool]] = {
+    "square pixels, k1": ("fx fy cx cy k1", True),
+    "square pixels, k1 k2": ("fx fy cx cy k1 k2", True),
+    "square pixels, k1 k2 p1 p2": ("fx fy cx cy k1 k2 p1 p2", True),
+    "k1 k2 p1 p2": ("fx fy cx cy k1 k2 p1 p2", False),
+    "k1 k2 p1 p2 k3": ("fx fy cx cy k1 k2 p1 p2 k3", False),
+}
+_NAMES = ["fx", "fy", "cx", "cy", "k1", "k2", "p1", "p2", "k3"]
+
+
+@dataclass(frozen=True, eq=False)
+class View:
+    """One look at the board, by one camera or both. Points (N, 2) in the board's order; NaN where not measured."""
+
+    name: str
+    points: dict[str, np.ndarray]  # by camera
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What is to be adjusted."""
+
+    board: np.ndarray  # (N, 3)
+    views: tuple[View, ...]
+    sizes: dict[str, tuple[int, int]]
+    lenses: dict[str, str]  # name of the lens model, by camera
+    sigma_px: dict[str, float] = field(default_factory=lambda: {"visible": 1.0, "infrared": 1.0})
+    fixed_lenses: bool = False  # only the rig's pose and the views' are free
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Where the adjustment stands."""
+
+    shared: np.ndarray  # (24,)
+    poses: np.ndarray  # (V, 6): board -> visible camera; -> infrared camera where only that saw the board
+
+
+@dataclass(frozen=True, eq=False)
+class Adjusted:
+    """The best fit."""
+
+    state: State
+    residuals: list[dict[str, np.ndarray]]  # (N, 2) pixels, measured minus predicted, by view and camera
+    basis: np.ndarray  # (24, P): free parameters -> shared ones
+    reduced: np.ndarray  # (V, P, P): what each view says about the free parameters
+    gradient: np.ndarray  # (V, P)
+
+
+def adjust(problem: Problem, start: State, max_steps: int = MAX_STEPS) -> Adjusted:
+    """Adjusts everything that is free.
+
+    Raises:
+        CalibrationError: the views do not determine the lenses.
+    """
+    basis = _basis(problem)
+    state, damping = start, 1e-4
+    blocks = _Blocks(problem, state, basis)
+    for _ in range(max_steps):
+        try:
+            moved = blocks.step(state, basis, damping)
+        except np.linalg.LinAlgError:
+            raise CalibrationError(_UNDETERMINED) from None
+        tried = _Blocks(problem, moved, basis)
+        if not tried.cost < blocks.cost:
+            damping *= 10
+            if damping > 1e8:
+                break
+            continue
+        gained = (blocks.cost - tried.cost) / max(blocks.cost, 1e-12)
+        state, blocks, damping = moved, tried, max(damping / 10, 1e-9)
+        if gained < 1e-7:
+            break
+    reduced, gradient = blocks.reduced()
+    return Adjusted(state, blocks.residuals, basis, reduced, gradient)
+
+
+_UNDETERMINED = "the views do not determine the lenses: show the board tilted, near and far, and in all corners"
+
+
+def resampled(result: Adjusted, weights: np.ndarray) -> np.ndarray:
+    """The shared parameters (24,) if the views counted `weights` (V,) times each: one step from the best fit."""
+    matrix = np.einsum("v,vij->ij", weights, result.reduced)
+    vector = weights @ result.gradient
+    scale = np.sqrt(np.maximum(np.diag(matrix), 1e-30))
+    solved = np.linalg.lstsq(matrix / np.outer(scale, scale), vector / scale, rcond=1e-12)[0] / scale
+    return result.state.shared + result.basis @ solved
+
+
+def covariance(result: Adjusted) -> np.ndarray:
+    """(24, 24) of the shared parameters, for residuals as large as they are."""
+    matrix = result.reduced.sum(axis=0)
+    scale = np.sqrt(np.maximum(np.diag(matrix), 1e-30))
+    inverse = np.linalg.pinv(matrix / np.outer(scale, scale), rcond=1e-12) / np.outer(scale, scale)
+    return result.basis @ inverse @ result.basis.T
+
+
+def camera_of(shared: np.ndarray, camera: str, size: tuple[int, int]) -> CameraModel:
+    matrix, distortion = _lens(shared, camera)
+    return CameraModel(*size, matrix, distortion)
+
+
+def rig_of(shared: np.ndarray, sizes: dict[str, tuple[int, int]], plane_distance_m: float) -> Rig:
+    pose = np.eye(4)
+    pose[:3, :3] = cv2.Rodrigues(shared[POSE][:3])[0]
+    pose[:3, 3] = shared[POSE][3:]
+    visible, infrared = (camera_of(shared, camera, sizes[camera]) for camera in CAMERAS)
+    return Rig(visible, infrared, pose, plane_distance_m)
+
+
+def shared_of(lenses: dict[str, tuple[np.ndarray, np.ndarray]], pose: np.ndarray) -> np.ndarray:
+    """(24,) from (matrix, distortion) by camera and the pose (4, 4) of the rig."""
+    shared = np.zeros(SHARED)
+    for camera, (matrix, distortion) in lenses.items():
+        at = CAMERAS.index(camera) * PER_CAMERA
+        shared[at : at + 4] = matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]
+        shared[at + 4 : at + 9] = np.ravel(distortion)[:5]
+    shared[POSE] = np.concatenate([cv2.Rodrigues(pose[:3, :3])[0].ravel(), pose[:3, 3]])
+    return shared
+
+
+def free_names(lens_model: str) -> tuple[list[str], bool]:
+    """(names of the free entries, whether fx = fy) of a lens model."""
+    names, square = LENS_MODELS[lens_model]
+    return names.split(), square
+
+
+def subset(problem: Problem, keep: np.ndarray) -> Problem:
+    """The same with some of the views (bool or index array)."""
+    chosen = np.arange(len(problem.views))[keep]
+    return replace(problem, views=tuple(problem.views[index] for index in chosen))
+
+
+def _lens(shared: np.ndarray, camera: str) -> tuple[np.ndarray, np.ndarray]:
+    at = CAMERAS.index(camera) * PER_CAMERA
+    fx, fy, cx, cy = shared[at : at + 4]
+    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]), shared[at + 4 : at + 9]
+
+
+def _basis(problem: Problem) -> np.ndarray:
+    columns = []
+    for index, camera in enumerate(CAMERAS):
+        if problem.fixed_lenses or not any(camera in view.points for view in problem.views):
+            continue
+        names, square = free_names(problem.lenses[camera])
+        for name in names:
+            if name == "fy" and square:
+                continue
+            column = np.zeros(SHARED)
+            column[index * PER_CAMERA + _NAMES.index(name)] = 1
+            if name == "fx" and square:
+                column[index * PER_CAMERA + 1] = 1
+            columns.append(column)
+    if any(len(view.points) == 2 for view in problem.views):
+        columns += list(np.eye(SHARED)[POSE])
+    return np.stack(columns, axis=1)
+
+
+class _Blocks:
+    """The normal equations at one state."""
+
+    def __init__(self, problem: Problem, state: State, basis: np.ndarray) -> None:
+        count, free = len(problem.views), basis.shape[1]
+        self.shared_shared = np.zeros((count, free, free))
+        self.shared_pose = np.zeros((count, free, 6))
+        self.pose_pose = np.zeros((count, 6, 6))
+        self.shared_right = np.zeros((count, free))
+        self.pose_right = np.zeros((count, 6))
+        self.cost = 0.0
+        self.residuals: list[dict[str, np.ndarray]] = []
+        for index, view in enumerate(problem.views):
+            self.residuals.append({})
+            for camera, points in view.points.items():
+                self._add(index, camera, points, problem, state, basis, alone=len(view.points) == 1)
+
+    def _add(
+        self,
+        index: int,
+        camera: str,
+        points: np.ndarray,
+        problem: Problem,
+        state: State,
+        basis: np.ndarray,
+        alone: bool,
+    ) -> None:
+        predicted, by_shared, by_pose = _predict(problem.board, state.shared, state.poses[index], camera, alone)
+        residual = points - predicted
+        self.residuals[index][camera] = residual
+        known = np.isfinite(residual).all(axis=1) & np.isfinite(predicted).all(axis=1)
+        if not known.any() or not np.isfinite(by_shared).all():
+            self.cost = np.inf
+            return
+        sigma = problem.sigma_px[camera]
+        distance = np.linalg.norm(residual[known], axis=1) / sigma
+        weight = np.minimum(1.0, HUBER_SIGMAS / np.maximum(distance, 1e-12))
+        self.cost += float(
+            np.where(distance <= HUBER_SIGMAS, distance**2, 2 * HUBER_SIGMAS * distance - HUBER_SIGMAS**2).sum()
+        )
+        row = np.repeat(np.sqrt(weight) / sigma, 2)
+        used = np.repeat(known, 2)
+        shared = (by_shared[used] @ basis) * row[:, None]
+        pose = by_pose[used] * row[:, None]
+        right = residual[known].ravel() * row
+        self.shared_shared[index] += shared.T @ shared
+        self.shared_pose[index] += shared.T @ pose
+        self.pose_pose[index] += pose.T @ pose
+        self.shared_right[index] += shared.T @ right
+        self.pose_right[index] += pose.T @ right
+
+    def reduced(self, damping: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+        """(V, P, P) and (V, P): each view's equations with its pose eliminated."""
+        gain = np.swapaxes(np.linalg.solve(self._damped(damping), np.swapaxes(self.shared_pose, 1, 2)), 1, 2)
+        matrix = self.shared_shared - gain @ np.swapaxes(self.shared_pose, 1, 2)
+        right = self.shared_right - np.einsum("vij,vj->vi", gain, self.pose_right)
+        return matrix, right
+
+    def _damped(self, damping: float) -> np.ndarray:
+        diagonal = np.einsum("vii->vi", self.pose_pose)
+        return self.pose_pose + np.einsum("vi,ij->vij", diagonal * damping + 1e-12, np.eye(6))
+
+    def step(self, state: State, basis: np.ndarray, damping: float) -> State:
+        matrices, rights = self.reduced(damping)
+        matrix = matrices.sum(axis=0)
+        matrix = matrix + np.diag(np.diag(self.shared_shared.sum(axis=0)) * damping)
+        scale = np.sqrt(np.maximum(np.diag(matrix), 1e-30))
+        moved = np.linalg.solve(matrix / np.outer(scale, scale), rights.sum(axis=0) / scale) / scale
+        pose_right = self.pose_right - np.einsum("vji,j->vi", self.shared_pose, moved)
+        poses = np.linalg.solve(self._damped(damping), pose_right[..., None])[..., 0]
+        return State(state.shared + basis @ moved, state.poses + poses)
+
+
+def _predict(
+    board: np.ndarray, shared: np.ndarray, pose: np.ndarray, camera: str, alone: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(pixels (N, 2), their derivatives by the shared parameters (2N, 24) and by the view's pose (2N, 6))."""
+    matrix, distortion = _lens(shared, camera)
+    rotation, translation = pose[:3], pose[3:]
+    by_rig = None
+    if camera == "infrared" and not alone:
+        composed = cv2.composeRT(rotation, translation, shared[POSE][:3], shared[POSE][3:])
+        rotation, translation = composed[0].ravel(), composed[1].ravel()
+        first = np.block([[composed[2], composed[3]], [composed[6], composed[7]]])
+        by_rig = np.block([[composed[4], composed[5]], [composed[8], composed[9]]])
+    pixels, jacobian = cv2.projectPoints(board, rotation, translation, matrix, distortion)
+    by_shared = np.zeros((2 * len(board), SHARED))
+    at = CAMERAS.index(camera) * PER_CAMERA
+    by_shared[:, at : at + 9] = jacobian[:, 6:15]
+    by_pose = jacobian[:, :6]
+    if by_rig is not None:
+        by_shared[:, POSE] = by_pose @ by_rig
+        by_pose = by_pose @ first
+    return pixels.reshape(-1, 2), by_shared, by_pose
+
+
+def predicted_points(
+    board: np.ndarray, shared: np.ndarray, pose: np.ndarray, camera: str, alone: bool = False
+) -> np.ndarray:
+    """Pixels (N, 2) at which a camera should see the board; `pose` (6,) as in State."""
+    return _predict(board, shared, pose, camera, alone)[0]
