@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.commands.calibrate import app as calibrate_app
+from pipeline.commands.evaluate import evaluate
 from pipeline.errors import ConfigError, DspfusionError
 from pipeline.redaction import redact
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Check a rig's configuration, or print what it may contain.")
 app.add_typer(config_app, name="config")
 app.add_typer(calibrate_app, name="calibrate")
+app.command()(evaluate)
 console = Console(stderr=True)
 
 Report = Annotated[
@@ -360,28 +362,6 @@ def size_of(text: str) -> tuple[int, int]:
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
         raise ConfigError(f"--size {text}: give WIDTHxHEIGHT, such as 640x480")
     return int(width), int(height)
-
-
-@app.command()
-def evaluate(
-    data: Annotated[Path, typer.Argument(help="Folder of the evaluation pairs (with eval/index.csv).")],
-    variant: Variant = "nano",
-    engine: EngineName = "auto",
-    as_json: AsJson = None,
-) -> None:
-    """Score the network on real pairs, clean and degraded, against the clean sources."""
-    from engines.evaluation.evaluate import evaluate_folder
-    from pipeline.live import engine_for
-    from pipeline.telemetry import write_report
-
-    serving = engine_for(engine_config(engine, variant))
-    try:
-        result = evaluate_folder(serving, data)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{error}: name the folder that holds eval/index.csv") from None
-    finally:
-        serving.close()
-    write_report(result, as_json or "-")
 
 
 @app.command()

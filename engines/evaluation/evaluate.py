@@ -1,201 +1,152 @@
-"""Judges an engine on public pairs, clean and degraded, against the clean sources.
-
-    python -m engines.evaluation.evaluate DATA_DIR --json scores.json
-
-DATA_DIR holds `eval/<data set>/ir/<name>.*` and `.../vi/<name>.*`, or is such a folder `eval` itself.
-"""
+"""Scores fused pictures against the CLEAN sources, also where degraded ones were fused."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import EngineError, FusionEngine
-from engines.evaluation.degradations import DEGRADATIONS, degrade
-from engines.evaluation.metrics import METRICS, evaluate_pair
+from engines.base import FusionEngine
+from engines.evaluation.cases import CONDITIONS, Case, Pair, degraded_cases, public_pairs
+from engines.evaluation.metrics import METRICS, Sources
 
 Image = NDArray[np.uint8]
 Fuse = Callable[[Image, Image], Image]  # infrared (H, W), visible RGB (H, W, 3) -> fused, RGB or grey
+Method = Callable[[Case], Image]
+Row = dict[str, Any]
 
-PUBLIC_PAIRS = tuple(
-    [f"msrs/{name}" for name in ["00095D", "00349D", "00537D", "01413D", "00020N", "00862N", "01016N", "01238N"]]
-    + [f"roadscene/FLIR_{name}" for name in ["00288", "05245", "07190", "08874"]]
-)
-CONDITIONS = ("clean", *DEGRADATIONS)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One registered pair of clean pictures."""
-
-    name: str
-    infrared: Image  # uint8 (H, W)
-    visible: Image  # uint8 RGB (H, W, 3)
-
-    def __post_init__(self) -> None:
-        if self.infrared.shape != self.visible.shape[:2]:
-            raise ValueError(f"{self.name}: {self.infrared.shape = } does not fit {self.visible.shape = }")
+SCORES = (*METRICS, "CbCr")
+WORKERS = 2  # threads that score while the next picture is fused
 
 
-def public_pairs(data_dir: Path, names: Sequence[str] = PUBLIC_PAIRS) -> Iterator[Pair]:
-    """The pairs `data set/name` of a folder, in that order.
+def fusing_with(engine: FusionEngine | Fuse) -> Method:
+    """An engine (priors are estimated anew for every pair), or any function of infrared and visible, as a method."""
+
+    def method(case: Case) -> Image:
+        if callable(engine):
+            return engine(case.infrared, case.visible)
+        return engine.fuse(case.infrared, case.visible, engine.estimate_priors(case.infrared, case.visible))
+
+    return method
+
+
+def ready_picture(case: Case) -> Image:
+    """The picture that comes with the case."""
+    if case.ready is None:
+        raise ValueError(f"there is no ready-made picture of {case.pair.name}")
+    return case.ready
+
+
+def score_cases(
+    method: Method,
+    cases: Iterable[Case],
+    on_done: Callable[[Case, Image, Row], None] | None = None,
+) -> list[Row]:
+    """Fuses and scores every case, in their order. Cases of one pair in a row share what depends on it alone.
+
+    Args:
+        on_done: told of every case with its picture and its row, in order.
+
+    Returns:
+        Rows of `name`, `degradation`, `mode` where the case has one, and the scores by the names in `SCORES`.
 
     Raises:
-        FileNotFoundError: if one of them is not there.
+        ValueError: if there is no case, or pictures do not fit each other.
     """
-    root = data_dir / "eval" if (data_dir / "eval").is_dir() else data_dir
-    for name in names:
-        data_set, stem = name.split("/")
-        yield _read_pair(name, _one_file(root / data_set / "ir", stem), _one_file(root / data_set / "vi", stem))
+    rows: list[Row] = []
+    for case, fused, row in _scored(method, cases):
+        rows.append(row)
+        if on_done is not None:
+            on_done(case, fused, row)
+    if not rows:
+        raise ValueError("there is no pair to evaluate")
+    return rows
 
 
-def folder_pairs(infrared_dir: Path, visible_dir: Path) -> Iterator[Pair]:
-    """The pairs of two folders whose files have equal names, extension aside, in the order of the names.
+def _scored(method: Method, cases: Iterable[Case]) -> Iterator[tuple[Case, Image, Row]]:
+    waiting: deque[tuple[Case, Image, Future[Row]]] = deque()
+    sources: tuple[Pair, Sources] | None = None
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="score") as pool:
+        for case in cases:
+            if sources is None or sources[0] is not case.pair:
+                sources = case.pair, Sources(case.pair.infrared, case.pair.visible)
+            fused = method(case)
+            waiting.append((case, fused, pool.submit(_row, case, fused, sources[1])))
+            while len(waiting) > WORKERS:
+                yield _finished(waiting.popleft())
+        while waiting:
+            yield _finished(waiting.popleft())
 
-    Raises:
-        FileNotFoundError: if a picture has no partner, or there is none at all.
-    """
-    stems = sorted({path.stem for folder in (infrared_dir, visible_dir) for path in folder.iterdir() if path.is_file()})
-    if not stems:
-        raise FileNotFoundError(f"{infrared_dir} and {visible_dir} hold no pictures")
-    for stem in stems:
-        yield _read_pair(stem, _one_file(infrared_dir, stem), _one_file(visible_dir, stem))
+
+def _finished(entry: tuple[Case, Image, Future[Row]]) -> tuple[Case, Image, Row]:
+    case, fused, row = entry
+    return case, fused, row.result()
+
+
+def _row(case: Case, fused: Image, sources: Sources) -> Row:
+    scores = sources.score(fused)
+    mode = {"mode": case.mode} if case.mode else {}
+    return {
+        "name": case.pair.name,
+        "degradation": case.condition,
+        **mode,
+        **scores,
+        "CbCr": sources.colour_error(fused),
+    }
 
 
 def evaluate_pairs(
     engine: FusionEngine | Fuse, pairs: Iterable[Pair], degradation: str | None = None
 ) -> dict[str, Any]:
-    """Fuses every pair, degraded or not, and scores it against the clean sources.
+    """Fuses every pair, degraded or not, and scores it.
 
     Args:
-        engine: an engine (priors are estimated anew for every pair), or any function of infrared and visible.
+        engine: see `fusing_with`.
         degradation: one of `DEGRADATIONS`; None leaves the pairs clean.
 
     Returns:
-        `rows`, one for each pair (`name`, `degradation` and the metrics by name), and `mean` by metric name.
+        `rows`, one for each pair (`name`, `degradation` and the scores by name), and `mean` by score name.
     """
-    condition = degradation or "clean"
-    rows: list[dict[str, Any]] = []
-    for index, pair in enumerate(pairs):
-        infrared, visible = degrade(condition, pair.infrared, pair.visible, seed=index)
-        fused = _fuse(engine, infrared, visible)
-        rows.append({"name": pair.name, "degradation": condition, **evaluate_pair(fused, pair.infrared, pair.visible)})
-    if not rows:
-        raise ValueError("there is no pair to evaluate")
+    rows = score_cases(fusing_with(engine), degraded_cases(pairs, [degradation or "clean"]))
     return {"rows": rows, "mean": mean_scores(rows)}
 
 
 def evaluate_folder(
     engine: FusionEngine | Fuse, data_dir: Path, degradations: Sequence[str] = CONDITIONS
 ) -> dict[str, Any]:
-    """The twelve public pairs under each of the conditions ("clean" or a name of `DEGRADATIONS`).
+    """The twelve public pairs under each of the conditions; see `summary`."""
+    return summary(score_cases(fusing_with(engine), degraded_cases(public_pairs(data_dir), degradations)))
 
-    Returns:
-        `rows` of all of them, `mean` by metric name over all rows, and `mean_by_degradation`.
-    """
-    pairs = list(public_pairs(data_dir))
-    parts = {
-        condition: evaluate_pairs(engine, pairs, None if condition == "clean" else condition)
-        for condition in degradations
-    }
-    rows = [row for part in parts.values() for row in part["rows"]]
-    return {
-        "rows": rows,
+
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
+    """`rows`, their `mean` by score name, `mean_by_degradation`, and `mean_degraded` over all but the clean ones."""
+    groups = grouped(rows, "degradation")
+    means = {condition: mean_scores(group) for condition, group in groups.items()}
+    result: dict[str, Any] = {
+        "rows": list(rows),
         "mean": mean_scores(rows),
-        "mean_by_degradation": {condition: part["mean"] for condition, part in parts.items()},
+        "mean_by_degradation": means,
     }
+    # The mean over the conditions and not over the rows: each counts alike, however many pictures it has.
+    spoiled = [mean for condition, mean in means.items() if condition != "clean"]
+    if spoiled:
+        result["mean_degraded"] = mean_scores(spoiled)
+    return result
 
 
-def mean_scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The plain mean of every metric over the rows."""
-    return {metric: float(np.mean([row[metric] for row in rows])) for metric in METRICS}
+def mean_scores(rows: Sequence[Row], names: Sequence[str] = SCORES) -> dict[str, float]:
+    """The plain mean of every score over the rows."""
+    return {name: float(np.mean([row[name] for row in rows])) for name in names}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; 0, or 2 with one line on stderr where the user can mend it."""
-    parser = argparse.ArgumentParser(prog="python -m engines.evaluation.evaluate", description=__doc__.splitlines()[0])
-    parser.add_argument("data_dir", type=Path)
-    parser.add_argument("--json", default="-", metavar="FILE", help="where the scores go; - is standard output")
-    parser.add_argument("--degradation", choices=CONDITIONS, action="append", help="default: clean and all six")
-    parser.add_argument("--runtime", default="auto")
-    parser.add_argument("--variant", default="nano")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--diffusion-steps", type=int, default=4)
-    parser.add_argument("--weights", type=Path)
-    options = parser.parse_args(arguments)
-    try:
-        scores = _evaluate(options)
-    except (EngineError, OSError, ValueError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
-    text = json.dumps(scores, indent=1)
-    if options.json == "-":
-        print(text)
-    else:
-        Path(options.json).write_text(text + "\n")
-    return 0
-
-
-def _evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    from engines.selection import create_engine  # here, so that judging ready pictures needs no runtime
-
-    engine = create_engine(
-        options.runtime,
-        options.variant,
-        options.precision,
-        options.threads,
-        options.diffusion_steps,
-        options.weights,
-    )
-    try:
-        scores = evaluate_folder(engine, options.data_dir, options.degradation or CONDITIONS)
-    finally:
-        engine.close()
-    description = engine.description
-    return {
-        "engine": {
-            "runtime": description.runtime,
-            "precision": description.precision,
-            "variant": description.variant,
-            "weights_sha256": description.weights_sha256,
-        },
-        **scores,
-    }
-
-
-def _fuse(engine: FusionEngine | Fuse, infrared: Image, visible: Image) -> Image:
-    if callable(engine):
-        return engine(infrared, visible)
-    return engine.fuse(infrared, visible, engine.estimate_priors(infrared, visible))
-
-
-def _one_file(folder: Path, stem: str) -> Path:
-    matches = sorted(folder.glob(f"{stem}.*"))
-    if len(matches) != 1:
-        raise FileNotFoundError(f"expected one picture {stem}.* in {folder}, found {len(matches)}: is this the data?")
-    return matches[0]
-
-
-def _read_pair(name: str, infrared: Path, visible: Path) -> Pair:
-    return Pair(name, _read(infrared, cv2.IMREAD_GRAYSCALE), _read(visible, cv2.IMREAD_COLOR_RGB))
-
-
-def _read(path: Path, how: int) -> Image:
-    image = cv2.imread(str(path), how)
-    if image is None:
-        raise ValueError(f"{path} is not a picture that can be read")
-    return np.asarray(image, dtype=np.uint8)
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def grouped(rows: Iterable[Row], key: str) -> dict[str, list[Row]]:
+    """The rows by the value of one key, in the order in which the values come first."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(str(row[key]), []).append(row)
+    return groups

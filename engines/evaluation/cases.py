@@ -1,0 +1,253 @@
+"""What is judged: real pairs, and degraded versions of them whose clean sources are known.
+
+A data folder holds `eval/<data set>/ir/<name>.*` and `.../vi/<name>.*` with `eval/index.csv`, `degraded/index.csv`
+beside it, and `official_dspfusion_outputs`, pictures that others published.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.evaluation.degradations import DEGRADATIONS, degrade
+
+Image = NDArray[np.uint8]
+
+PUBLIC_PAIRS = tuple(
+    [f"msrs/{name}" for name in ["00095D", "00349D", "00537D", "01413D", "00020N", "00862N", "01016N", "01238N"]]
+    + [f"roadscene/FLIR_{name}" for name in ["00288", "05245", "07190", "08874"]]
+)
+CONDITIONS = ("clean", *DEGRADATIONS)
+# The published pictures whose clean pair is public, by their folder, which names the degradation of the inputs.
+PUBLISHED_SCENES = (
+    ("LL_SN", "01016N"),
+    ("Rain_SN", "01478D"),
+    ("ir_LC", "00345D"),
+    ("ir_RN", "00555D"),
+    ("ir_SN", "01559D"),
+    ("vi_Blur", "00404D"),
+    ("vi_Rain", "00571D"),
+    ("vi_Rain", "01502D"),
+)
+# Scenes of `degraded` whose clean source is among the training pairs.
+TRAINED_ON = frozenset({"00001D", "00006", "04269", "04598", "04602", "010001"})
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One registered pair of clean pictures."""
+
+    name: str
+    infrared: Image  # uint8 (H, W)
+    visible: Image  # uint8 RGB (H, W, 3)
+
+    def __post_init__(self) -> None:
+        if self.infrared.shape != self.visible.shape[:2]:
+            raise ValueError(f"{self.name}: {self.infrared.shape = } does not fit {self.visible.shape = }")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture to be judged: what is fused, and the clean pair that it is judged by."""
+
+    pair: Pair
+    condition: str  # "clean", or what was done to the inputs
+    infrared: Image  # the inputs, uint8 (H, W) ...
+    visible: Image  # ... and RGB (H, W, 3)
+    ready: Image | None = None  # a picture of the same scene that others made
+    mode: str = ""  # how to fuse it, where ways are compared
+
+    def __post_init__(self) -> None:
+        if not self.infrared.shape == self.visible.shape[:2] == self.pair.infrared.shape:
+            raise ValueError(
+                f"{self.pair.name}, {self.condition}: the inputs {self.infrared.shape} and {self.visible.shape} "
+                f"do not fit the clean pictures {self.pair.infrared.shape}"
+            )
+
+
+def degraded_cases(
+    pairs: Iterable[Pair], conditions: Sequence[str] = CONDITIONS, first_seed: int = 0
+) -> Iterator[Case]:
+    """Every pair under every condition; seeds count up from pair to pair, so equal lists give equal pixels.
+
+    Raises:
+        KeyError: if there is no such condition.
+    """
+    for index, pair in enumerate(pairs, first_seed):
+        for condition in conditions:
+            yield Case(pair, condition, *degrade(condition, pair.infrared, pair.visible, seed=index))
+
+
+def public_pairs(data_dir: Path, names: Sequence[str] = PUBLIC_PAIRS) -> Iterator[Pair]:
+    """The pairs `data set/name` of a folder, in that order.
+
+    Raises:
+        FileNotFoundError: if one of them is not there.
+    """
+    root = eval_folder(data_dir)
+    for name in names:
+        data_set, stem = name.split("/")
+        yield read_pair(name, one_file(root / data_set / "ir", stem), one_file(root / data_set / "vi", stem))
+
+
+def set_names(data_dir: Path, light: str | None = None) -> dict[str, list[str]]:
+    """The names `data set/name` of all evaluation pairs, by data set, as the index lists them.
+
+    Args:
+        light: "day" or "night" keeps only those.
+
+    Raises:
+        FileNotFoundError: if there is no index.
+    """
+    names: dict[str, list[str]] = {}
+    for row in _index(eval_folder(data_dir) / "index.csv", ("dataset", "name", "light")):
+        if light is None or row["light"] == light:
+            names.setdefault(row["dataset"], []).append(f"{row['dataset']}/{row['name']}")
+    return names
+
+
+def folder_pairs(infrared_dir: Path, visible_dir: Path) -> Iterator[Pair]:
+    """The pairs of two folders whose files have equal names, extension aside, in the order of the names.
+
+    Raises:
+        FileNotFoundError: if a picture has no partner, or there is none at all.
+    """
+    for stem in _stems(infrared_dir, visible_dir):
+        yield read_pair(stem, one_file(infrared_dir, stem), one_file(visible_dir, stem))
+
+
+def fused_cases(fused_dir: Path, infrared_dir: Path, visible_dir: Path) -> Iterator[Case]:
+    """Ready-made pictures, with the clean pair of the same name for each.
+
+    Raises:
+        FileNotFoundError: if there is no picture, or a picture has no clean pair.
+    """
+    for stem in _stems(fused_dir):
+        pair = read_pair(stem, one_file(infrared_dir, stem), one_file(visible_dir, stem))
+        yield Case(pair, "clean", pair.infrared, pair.visible, read_colour(one_file(fused_dir, stem)))
+
+
+def twin_cases(pairs: Iterable[Pair], infrared_dir: Path | None, visible_dir: Path | None) -> Iterator[Case]:
+    """Clean pairs whose degraded twins lie in other folders under the same names; None: that camera is not degraded.
+
+    Raises:
+        FileNotFoundError: if a twin is missing.
+    """
+    for pair in pairs:
+        infrared = pair.infrared if infrared_dir is None else read_grey(one_file(infrared_dir, pair.name))
+        visible = pair.visible if visible_dir is None else read_colour(one_file(visible_dir, pair.name))
+        yield Case(pair, "degraded", infrared, visible)
+
+
+def real_cases(data_dir: Path) -> Iterator[Case]:
+    """Every published degraded picture that has a clean twin, with the clean picture of the other camera.
+
+    Raises:
+        FileNotFoundError: if there is no index.
+    """
+    root = data_dir / "degraded"
+    files: dict[tuple[str, str], dict[tuple[str, str], Path]] = {}
+    for row in _index(root / "index.csv", ("set", "scene", "modality", "kind", "file")):
+        files.setdefault((row["set"], row["scene"]), {})[row["modality"], row["kind"]] = root / row["file"]
+    for (folder, scene), pictures in sorted(files.items()):
+        clean = pictures.get(("ir", "Clean")), pictures.get(("vi", "Clean"))
+        if clean[0] is None or clean[1] is None:
+            continue
+        pair = read_pair(f"{folder.removeprefix('dspfusion_')}/{scene}", clean[0], clean[1])
+        yield Case(pair, "clean", pair.infrared, pair.visible)
+        for (modality, kind), path in sorted(pictures.items()):
+            if kind in ("Clean", "Norm"):
+                continue
+            infrared = read_grey(path) if modality == "ir" else pair.infrared
+            visible = read_colour(path) if modality == "vi" else pair.visible
+            yield Case(pair, f"{modality}_{kind}", infrared, visible)
+
+
+def published_cases(data_dir: Path) -> Iterator[Case]:
+    """The scenes of `PUBLISHED_SCENES`: the degraded inputs, the clean pair, and the authors' fused picture.
+
+    Raises:
+        FileNotFoundError: if something of it is missing.
+    """
+    for condition, scene in PUBLISHED_SCENES:
+        (pair,) = public_pairs(data_dir, [f"msrs/{scene}"])
+        inputs = data_dir / "degraded" / "dspfusion_test" / scene
+        first, _, second = condition.rpartition("_")
+        kinds = {"ir": "Input", "vi": "Input"}
+        kinds.update({first: second} if first in kinds else {"vi": first, "ir": second})
+        yield Case(
+            pair,
+            condition,
+            read_grey(one_file(inputs, f"ir_{kinds['ir']}")),
+            read_colour(one_file(inputs, f"vi_{kinds['vi']}")),
+            read_colour(one_file(data_dir / "official_dspfusion_outputs" / condition, scene)),
+        )
+
+
+def eval_folder(data_dir: Path) -> Path:
+    """The folder of the evaluation pairs, whether it or the folder around it was named."""
+    return data_dir / "eval" if (data_dir / "eval").is_dir() else data_dir
+
+
+def one_file(folder: Path, stem: str) -> Path:
+    """The one file of that name, extension aside.
+
+    Raises:
+        FileNotFoundError: if there is none, or more than one.
+    """
+    matches = [path for path in sorted(folder.glob(f"{stem}.*")) if path.stem == stem]
+    if len(matches) != 1:
+        raise FileNotFoundError(f"expected one picture {stem}.* in {folder}, found {len(matches)}: is this the data?")
+    return matches[0]
+
+
+def read_pair(name: str, infrared: Path, visible: Path) -> Pair:
+    """Reads two pictures of one size.
+
+    Raises:
+        ValueError: if one cannot be read, or the sizes differ.
+    """
+    return Pair(name, read_grey(infrared), read_colour(visible))
+
+
+def read_grey(path: Path) -> Image:
+    """A picture as uint8 (H, W)."""
+    return _read(path, cv2.IMREAD_GRAYSCALE)
+
+
+def read_colour(path: Path) -> Image:
+    """A picture as uint8 RGB (H, W, 3)."""
+    return _read(path, cv2.IMREAD_COLOR_RGB)
+
+
+def _read(path: Path, how: int) -> Image:
+    image = cv2.imread(str(path), how)
+    if image is None:
+        raise ValueError(f"{path} is not a picture that can be read")
+    return np.asarray(image, dtype=np.uint8)
+
+
+def _stems(*folders: Path) -> list[str]:
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder")
+    stems = sorted({path.stem for folder in folders for path in folder.iterdir() if path.is_file()})
+    if not stems:
+        raise FileNotFoundError(f"{' and '.join(map(str, folders))} hold no pictures")
+    return stems
+
+
+def _index(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    if rows and not set(columns) <= rows[0].keys():
+        raise ValueError(f"{path} needs the columns {', '.join(columns)}")
+    return rows

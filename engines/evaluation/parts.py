@@ -1,0 +1,351 @@
+"""The parts of an evaluation, each one table or more: which pictures, fused how, and what is said about them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engines.base import FusionEngine
+from engines.evaluation import readout
+from engines.evaluation.ablation import MODES, STEPS_MODE, Ablation, compare
+from engines.evaluation.cases import (
+    CONDITIONS,
+    PUBLIC_PAIRS,
+    PUBLISHED_SCENES,
+    TRAINED_ON,
+    Case,
+    Pair,
+    degraded_cases,
+    eval_folder,
+    public_pairs,
+    published_cases,
+    real_cases,
+    set_names,
+)
+from engines.evaluation.degradations import DEGRADATIONS
+from engines.evaluation.evaluate import (
+    SCORES,
+    Image,
+    Method,
+    Row,
+    fusing_with,
+    grouped,
+    mean_scores,
+    ready_picture,
+    score_cases,
+    summary,
+)
+from engines.evaluation.metrics import Sources
+from engines.evaluation.people import read_boxes, warm_people
+from engines.evaluation.sheets import Sheets
+from engines.evaluation.tables import Table, table_of
+
+SHORT = ("VIF", "Qabf", "SSIM", "CbCr")
+Watch = tuple[Callable[[int], None], Callable[[], None]]  # told how much there is to do, and of every piece done
+UNWATCHED: Watch = (lambda _: None, lambda: None)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one part found."""
+
+    rows: list[Row]  # one for each picture
+    figures: dict[str, Any]  # of all of them together
+    tables: list[Table] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scope:
+    """Which data, how much of it, and where contact sheets go."""
+
+    data_dir: Path
+    conditions: Sequence[str] = CONDITIONS
+    limit: int | None = None  # pairs of each set
+    sheets_dir: Path | None = None
+
+    def first(self, names: Sequence[str]) -> list[str]:
+        """As many of the names as the limit allows."""
+        return list(names[: self.limit])
+
+
+def public(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
+    """The twelve public pairs, clean and with the six fixed degradations."""
+    names = scope.first(PUBLIC_PAIRS)
+    watch[0](len(names) * len(scope.conditions))
+    cases = degraded_cases(public_pairs(scope.data_dir, names), scope.conditions)
+    return of_cases("Public pairs", fusing_with(engine), cases, scope.sheets_dir, "public", watch)
+
+
+def of_cases(
+    title: str, method: Method, cases: Iterable[Case], sheets_dir: Path | None, prefix: str, watch: Watch = UNWATCHED
+) -> Part:
+    """Any cases: scores by condition."""
+    found = summary(_drawn(method, cases, sheets_dir, prefix, watch))
+    rows = found.pop("rows")
+    lines = dict(found["mean_by_degradation"])
+    if "mean_degraded" in found:
+        lines["mean degraded"] = found["mean_degraded"]
+    return Part(rows, found, [table_of(title, "condition", SCORES, lines, f"{len(rows)} pictures")])
+
+
+def by_set(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
+    """Every evaluation set by itself: does it generalise?"""
+    names = {name: scope.first(pairs) for name, pairs in set_names(scope.data_dir).items()}
+    watch[0](sum(map(len, names.values())) * len(scope.conditions))
+    rows: list[Row] = []
+    for data_set, pairs in names.items():
+        cases = degraded_cases(public_pairs(scope.data_dir, pairs), scope.conditions)
+        found = _drawn(fusing_with(engine), cases, scope.sheets_dir, "set", watch)
+        rows += [{"set": data_set, **row} for row in found]
+    figures = {}
+    for data_set, own in grouped(rows, "set").items():
+        figures[data_set] = summary(own)
+        figures[data_set].pop("rows")
+    cells = []
+    for data_set, figure in figures.items():
+        clean = figure["mean_by_degradation"].get("clean", {})
+        spoiled = figure.get("mean_degraded", {})
+        cells.append(
+            (
+                data_set,
+                len(names[data_set]),
+                *(clean.get(score) for score in SHORT),
+                *(spoiled.get(score) for score in SHORT),
+            )
+        )
+    columns = ("set", "pairs", *(f"{name} clean" for name in SHORT), *(f"{name} degraded" for name in SHORT))
+    return Part(rows, {"sets": figures}, [Table("Evaluation sets", columns, tuple(cells))])
+
+
+def real(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
+    """The published degraded pictures with a clean twin. Scenes whose source was trained on are marked `trained_on`."""
+    cases = _of_first_pairs(real_cases(scope.data_dir), scope.limit)
+    rows = _drawn(fusing_with(engine), cases, scope.sheets_dir, "real", watch)
+    for row in rows:
+        row["trained_on"] = row["name"].split("/")[-1] in TRAINED_ON
+    unseen = [row for row in rows if not row["trained_on"]] or rows
+    figures = summary(unseen)
+    figures.pop("rows")
+    lines = dict(figures["mean_by_degradation"])
+    if "mean_degraded" in figures:
+        lines["mean degraded"] = figures["mean_degraded"]
+    note = f"{len(unseen)} pictures; {len(rows) - len(unseen)} of scenes that were trained on are left out"
+    return Part(rows, figures, [table_of("Published degraded scenes", "condition", SCORES, lines, note)])
+
+
+def published(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
+    """The scenes of the published fused pictures: the same scores for these and for ours, and the ratio."""
+    count = min(scope.limit or len(PUBLISHED_SCENES), len(PUBLISHED_SCENES))
+    watch[0](2 * count)
+    cases = list(islice(published_cases(scope.data_dir), count))
+    with _sheets(scope.sheets_dir, "published") as sheets:
+
+        def done(case: Case, fused: Image, row: Row) -> None:
+            if sheets is not None and case.ready is not None:
+                sheets.add(case, {"fused": fused, "published": case.ready})
+            watch[1]()
+
+        ours = score_cases(fusing_with(engine), cases, done)
+    theirs = score_cases(ready_picture, cases, lambda *_: watch[1]())
+    means = {"ours": mean_scores(ours), "published": mean_scores(theirs)}
+    means["ratio"] = {name: means["ours"][name] / means["published"][name] for name in SCORES}
+    rows = [
+        {**own, **{f"published {name}": other[name] for name in SCORES}}
+        for own, other in zip(ours, theirs, strict=True)
+    ]
+    columns = [f"{who}{name}" for name in SHORT for who in ("", "published ")]
+    lines = {f"{row['name']} {row['degradation']}": row for row in rows}
+    tables = [
+        table_of("Beside the published pictures", "method", SCORES, means, f"{count} scenes"),
+        table_of("Beside the published pictures, by scene", "scene", columns, lines),
+    ]
+    return Part(rows, means, tables)
+
+
+def priors(ablation: Ablation, scope: Scope, watch: Watch = UNWATCHED) -> Part:
+    """Each prior replaced: what does it add?"""
+    names = scope.first(PUBLIC_PAIRS)
+    conditions = [name for name in scope.conditions if name != "clean"] or list(DEGRADATIONS)
+    watch[0](len(names) * len(conditions) * (1 + len(MODES)))
+
+    def cases() -> Iterable[Case]:
+        return degraded_cases(public_pairs(scope.data_dir, names), conditions)
+
+    ablation.learn_neutral(cases(), watch[1])
+    rows = compare(ablation, cases(), list(MODES), watch[1])
+    by_mode = {mode: _mode_figures(own) for mode, own in grouped(rows, "mode").items()}
+    columns = ("VIF", "Qabf", "SSIM", "CbCr", "prior_error")
+    tables = [
+        table_of(
+            "Ablation of the priors, mean of the degraded conditions",
+            "priors",
+            columns,
+            {mode: figure["mean"] for mode, figure in by_mode.items()},
+            "; ".join(f"{mode}: {what}" for mode, what in MODES.items()),
+        )
+    ]
+    for score in ("VIF", "Qabf", "SSIM"):
+        lines = {
+            mode: {name: mean[score] for name, mean in figure["mean_by_degradation"].items()}
+            for mode, figure in by_mode.items()
+        }
+        tables.append(table_of(f"Ablation of the priors, {score}", "priors", conditions, lines))
+    return Part(rows, {"modes": by_mode}, tables)
+
+
+def steps(ablation: Ablation, scope: Scope, counts: Sequence[int], watch: Watch = UNWATCHED) -> Part:
+    """How many diffusion steps are worth their time?"""
+    names = scope.first(PUBLIC_PAIRS)
+    conditions = [name for name in scope.conditions if name != "clean"] or list(DEGRADATIONS)
+    watch[0](len(names) * len(conditions) * len(counts))
+    modes = [f"{STEPS_MODE}{count}" for count in counts]
+    rows = compare(ablation, degraded_cases(public_pairs(scope.data_dir, names), conditions), modes, watch[1])
+    by_mode = {mode: _mode_figures(own) for mode, own in grouped(rows, "mode").items()}
+    lines = {mode: figure["mean"] for mode, figure in by_mode.items()}
+    columns = ("VIF", "Qabf", "SSIM", "CbCr", "prior_error")
+    return Part(
+        rows,
+        {"modes": by_mode},
+        [table_of("Diffusion steps, mean of the degraded conditions", "diffusion", columns, lines)],
+    )
+
+
+def missing(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
+    """One camera black: the output should be the other one, restored. Beside it, that camera's input as it came."""
+    names = scope.first(PUBLIC_PAIRS)
+    rows: list[Row] = []
+    wanted = {
+        "infrared": [name for name in scope.conditions if name == "clean" or name.startswith("vis_")],
+        "visible": [name for name in scope.conditions if name == "clean" or name.startswith("ir_")],
+    }
+    watch[0](len(names) * sum(map(len, wanted.values())))
+    with _sheets(scope.sheets_dir, "missing") as sheets:
+        for index, pair in enumerate(public_pairs(scope.data_dir, names)):
+            sources = Sources(pair.infrared, pair.visible)
+            for camera, conditions in wanted.items():
+                for case in degraded_cases([pair], conditions, index):
+                    black = _without(case, camera)
+                    fused = fusing_with(engine)(black)
+                    rows.append(_missing_row(black, camera, fused, sources))
+                    if sheets is not None:
+                        sheets.add(black, {f"fused, {camera} black": fused})
+                    watch[1]()
+    figures: dict[str, Any] = {}
+    lines: dict[str, Any] = {}
+    for camera, own in grouped(rows, "missing").items():
+        for condition, group in grouped(own, "degradation").items():
+            mean = {name: float(np.mean([row[name] for row in group])) for name in _MISSING_SCORES}
+            figures.setdefault(camera, {})[condition] = mean
+            lines[f"{camera} black, {condition}"] = mean
+    note = "VIF, SSIM, PSNR against the clean picture of the other camera; input: the same of its picture as it came"
+    return Part(rows, figures, [table_of("One camera missing", "condition", _MISSING_SCORES, lines, note)])
+
+
+def people(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
+    """Warm people of the labelled night pairs against their surroundings."""
+    names = [name for group in set_names(scope.data_dir, "night").values() for name in group]
+    labels = {name: _label_file(scope.data_dir, name) for name in names}
+    names = scope.first([name for name in names if labels[name].is_file()])
+    if not names:
+        raise FileNotFoundError(f"no night pair of {eval_folder(scope.data_dir)} has labelled boxes (boxes_infrared)")
+    watch[0](len(names) * len(scope.conditions))
+    rows: list[Row] = []
+    for index, pair in enumerate(public_pairs(scope.data_dir, names)):
+        boxes = warm_people(pair.infrared, read_boxes(labels[pair.name]))
+        for case in degraded_cases([pair], scope.conditions, index):
+            pictures = {"infrared": pair.infrared, "visible": pair.visible}
+            if boxes:
+                pictures["fused"] = fusing_with(engine)(case)
+            for number, person in enumerate(boxes):
+                contrast = {f"{name}_contrast": person.contrast(picture) for name, picture in pictures.items()}
+                rows.append({"name": pair.name, "degradation": case.condition, "person": number, **contrast})
+            watch[1]()
+    columns = ("fused_contrast", "infrared_contrast", "visible_contrast", "brighter")
+    figures: dict[str, Any] = {}
+    for condition, own in grouped(rows, "degradation").items():
+        figures[condition] = {name: float(np.mean([row[name] for row in own])) for name in columns[:3]}
+        figures[condition]["brighter"] = float(np.mean([row["fused_contrast"] > 0 for row in own]))
+        figures[condition]["people"] = len(own)
+    note = "grey levels above the surroundings, sources clean; brighter: share of the people with a positive contrast"
+    return Part(rows, figures, [table_of("Warm people at night", "condition", (*columns, "people"), figures, note)])
+
+
+def naming(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
+    """Is the degradation named rightly, on held-back pairs, on the fixed degradations and on published pictures?"""
+    names = [name for group in set_names(scope.data_dir).values() for name in scope.first(group)]
+    answers = readout.degraded_answers(engine, _watched(public_pairs(scope.data_dir, names), len(names), watch))
+    twelve = degraded_cases(public_pairs(scope.data_dir, scope.first(PUBLIC_PAIRS)), scope.conditions)
+    answers += readout.case_answers(engine, twelve, readout.FIXED_KINDS, "fixed", lambda: None)
+    if (scope.data_dir / "degraded" / "index.csv").is_file():
+        scenes = _of_first_pairs(real_cases(scope.data_dir), scope.limit)
+        unseen = (case for case in scenes if case.pair.name.split("/")[-1] not in TRAINED_ON)
+        answers += readout.case_answers(engine, unseen, readout.PUBLISHED_KINDS, "published", lambda: None)
+    found = readout.figures(answers)
+    return Part([], found, list(readout.tables(found)))
+
+
+_MISSING_SCORES = ("VIF", "SSIM", "PSNR", "input VIF", "input SSIM", "input PSNR")
+
+
+def _without(case: Case, camera: str) -> Case:
+    if camera == "infrared":
+        return Case(case.pair, case.condition, np.zeros_like(case.infrared), case.visible)
+    return Case(case.pair, case.condition, case.infrared, np.zeros_like(case.visible))
+
+
+def _missing_row(case: Case, camera: str, fused: Image, sources: Sources) -> Row:
+    other = "visible" if camera == "infrared" else "infrared"
+    before = sources.likeness(case.visible if other == "visible" else case.infrared, other)
+    row = {"name": case.pair.name, "degradation": case.condition, "missing": camera, **sources.likeness(fused, other)}
+    return {**row, **{f"input {name}": value for name, value in before.items()}}
+
+
+def _mode_figures(rows: list[Row]) -> dict[str, Any]:
+    names = (*SCORES, "prior_error")
+    by_degradation = {condition: mean_scores(own, names) for condition, own in grouped(rows, "degradation").items()}
+    return {"mean": mean_scores(list(by_degradation.values()), names), "mean_by_degradation": by_degradation}
+
+
+def _label_file(data_dir: Path, name: str) -> Path:
+    data_set, stem = name.split("/")
+    return eval_folder(data_dir) / data_set / "boxes_infrared" / f"{stem}.txt"
+
+
+def _of_first_pairs(cases: Iterable[Case], limit: int | None) -> Iterable[Case]:
+    """The cases of the first pairs."""
+    seen: list[str] = []
+    for case in cases:
+        if case.pair.name not in seen:
+            if limit is not None and len(seen) == limit:
+                return
+            seen.append(case.pair.name)
+        yield case
+
+
+def _watched(pairs: Iterable[Pair], count: int, watch: Watch) -> Iterable[Pair]:
+    watch[0](count)
+    for pair in pairs:
+        yield pair
+        watch[1]()
+
+
+def _sheets(folder: Path | None, prefix: str) -> AbstractContextManager[Sheets | None]:
+    return nullcontext() if folder is None else Sheets(folder, prefix)
+
+
+def _drawn(method: Method, cases: Iterable[Case], sheets_dir: Path | None, prefix: str, watch: Watch) -> list[Row]:
+    """Scores the cases, and draws them if there is a folder for it."""
+    with _sheets(sheets_dir, prefix) as sheets:
+
+        def done(case: Case, fused: Image, row: Row) -> None:
+            if sheets is not None:
+                sheets.add(case, {"fused": fused})
+            watch[1]()
+
+        return score_cases(method, cases, done)
