@@ -278,9 +278,11 @@ def people(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part
 
 def naming(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
     """Is the degradation named rightly, on held-back pairs, on the fixed degradations and on published pictures?"""
-    names = [name for group in set_names(scope.data_dir).values() for name in scope.first(group)]
+    sets = set_names(scope.data_dir)
+    names = [name for group in sets.values() for name in scope.first(group)]
     answers = readout.degraded_answers(engine, _watched(public_pairs(scope.data_dir, names), len(names), watch))
-    twelve = degraded_cases(public_pairs(scope.data_dir, scope.first(PUBLIC_PAIRS)), scope.conditions)
+    judged = [name for name in PUBLIC_PAIRS if name in sets.get(name.split("/")[0], ())]
+    twelve = degraded_cases(public_pairs(scope.data_dir, scope.first(judged)), scope.conditions)
     answers += readout.case_answers(engine, twelve, readout.FIXED_KINDS, "fixed", lambda: None)
     if (scope.data_dir / "degraded" / "index.csv").is_file():
         scenes = _of_first_pairs(real_cases(scope.data_dir), scope.limit)
