@@ -18,7 +18,7 @@ CAMERAS = ("visible", "infrared")
 PER_CAMERA = 9  # fx fy cx cy k1 k2 p1 p2 k3
 POSE = slice(18, 24)  # of the rig: rotation vector, translation (metres)
 SHARED = 24
-HUBER_SIGMAS = 2.5  # a point farther off counts less
+HUBER_SIGMAS = 3.5  # a point farther off counts less
 MAX_STEPS = 30
 
 # What is free of a lens, from stiff to free: the entries fx fy cx cy k1 k2 p1 p2 k3; fx and fy move together
@@ -49,7 +49,7 @@ class Problem:
     views: tuple[View, ...]
     sizes: dict[str, tuple[int, int]]
     lenses: dict[str, str]  # name of the lens model, by camera
-    sigma_px: dict[str, float] = field(default_factory=lambda: {"visible": 1.0, "infrared": 1.0})
+    sigma_px: dict[str, float] = field(default_factory=lambda: {"visible": 1.0, "infrared": 1.0})  # of a coordinate
     fixed_lenses: bool = False  # only the rig's pose and the views' are free
 
 
