@@ -104,13 +104,28 @@ class RegistrationConfig(Section):
 
 
 class GainConfig(Section):
-    """16-bit infrared to 8 bits: percentiles, smoothed over time."""
+    """Infrared conditioning, and 16-bit counts to 8 bits, smoothed over time.
 
+    A configuration that names percentiles but no method means the method "percentile".
+    """
+
+    # By edges and pixels up to a plateau (robust under a cold sky), or linear between two percentiles.
+    method: Literal["plateau", "percentile"] = "plateau"
+    plateau: float = Field(1.0, gt=0, le=10)  # most that one count may have, in multiples of the average
     low_percentile: float = Field(1.0, ge=0, lt=50)
     high_percentile: float = Field(99.0, gt=50, le=100)
     smoothing: float = Field(0.1, gt=0, le=1)  # share of the newest frame's limits
     min_span_counts: float = Field(200.0, gt=0)  # a flat wall is not stretched into noise
     polarity: Literal["white_hot", "black_hot"] = "white_hot"
+    stripes: Literal["auto", "off", "columns", "rows", "both"] = "auto"  # auto: columns of 16-bit cameras
+    dead_pixels: Literal["auto", "off", "on"] = "auto"  # auto: of 16-bit cameras
+
+    @model_validator(mode="before")
+    @classmethod
+    def _percentiles_mean_their_method(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "method" not in values and {"low_percentile", "high_percentile"} & set(values):
+            return values | {"method": "percentile"}
+        return values
 
 
 class EngineConfig(Section):

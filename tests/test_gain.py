@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 
-from pipeline.config import GainConfig
+from pipeline.config import GainConfig, SyntheticSource
 from pipeline.frame import Frame
 from pipeline.gain import InfraredGain
 from pipeline.shutter import Repeats
+from pipeline.sources.synthetic import SyntheticCamera
 
 HEIGHT, WIDTH = 240, 320
 COLUMNS = (100, 170, 290)
@@ -41,8 +43,11 @@ def background_change(pictures: list[np.ndarray]) -> np.ndarray:
     return np.abs(np.diff(np.array(places), axis=0))
 
 
+PERCENTILES = GainConfig(method="percentile")
+
+
 def test_the_percentiles_become_black_and_white():
-    picture, info = InfraredGain()(frame(scene(0)))
+    picture, info = InfraredGain(PERCENTILES)(frame(scene(0)))
     assert picture.dtype == np.uint8
     assert picture.shape == (HEIGHT, WIDTH)
     assert info["method"] == "percentile"
@@ -55,23 +60,26 @@ def test_the_percentiles_become_black_and_white():
 
 def test_the_conversion_is_linear_and_monotonic():
     counts = np.repeat(np.arange(7000, 9000, dtype=np.uint16)[None], 8, axis=0)
-    picture, info = InfraredGain()(frame(counts))
+    picture, info = InfraredGain(PERCENTILES)(frame(counts))
     expected = np.clip((counts - info["low"]) * 255 / (info["high"] - info["low"]), 0, 255)
     assert np.abs(picture.astype(float) - expected).max() <= 1
     assert (np.diff(picture[0].astype(int)) >= 0).all()
 
 
+@pytest.mark.parametrize("method", ["plateau", "percentile"])
 @pytest.mark.parametrize("value", [0, 1, 40000, 65535])
-def test_a_flat_wall_is_not_stretched_into_noise(value):
+def test_a_flat_wall_is_not_stretched_into_noise(value, method):
     counts = np.clip(value + np.random.default_rng(1).normal(0, 2, (64, 64)).round(), 0, 65535).astype(np.uint16)
-    picture, info = InfraredGain(GainConfig(min_span_counts=200))(frame(counts))
-    assert info["high"] - info["low"] == pytest.approx(200)
+    picture, info = InfraredGain(GainConfig(method=method, min_span_counts=200))(frame(counts))
+    assert info["high"] - info["low"] == pytest.approx(200, abs=16)  # the plateau's bins are 8 counts wide
     assert picture.std() < 4
-    assert 90 < picture.mean() < 165
+    if value == 40000 or method == "percentile":
+        assert 90 < picture.mean() < 165
 
 
-def test_a_hot_object_that_enters_does_not_change_the_background():
-    gain = InfraredGain()
+@pytest.mark.parametrize("method", ["plateau", "percentile"])
+def test_a_hot_object_that_enters_does_not_change_the_background(method):
+    gain = InfraredGain(GainConfig(method=method))
     pictures = [gain(frame(scene(index, hot=20 <= index < 120), index))[0] for index in range(220)]
     change = background_change(pictures)
     assert np.percentile(change, 99) <= 2.0  # grey levels from one frame to the next
@@ -79,15 +87,27 @@ def test_a_hot_object_that_enters_does_not_change_the_background():
 
 
 def test_the_hot_object_gets_its_own_grey_levels_in_the_end():
-    gain = InfraredGain()
+    gain = InfraredGain(PERCENTILES)
     for index in range(250):
         _, info = gain(frame(scene(index, hot=True), index))
     assert info["high"] == pytest.approx(12000, abs=100)
 
 
+def test_beside_something_very_hot_the_background_keeps_most_of_its_contrast():
+    def spread(hot: bool, method: str) -> float:
+        gain = InfraredGain(GainConfig(method=method))
+        for index in range(150):
+            picture, _ = gain(frame(scene(index, hot=hot), index))
+        return float(np.ptp([picture[10:20, 10:20].mean(), picture[-20:-10, -20:-10].mean()]))
+
+    assert spread(True, "plateau") > 0.4 * spread(False, "plateau")
+    assert spread(True, "percentile") < 0.15 * spread(False, "percentile")  # what the plateau is for
+
+
+@pytest.mark.parametrize("method", ["plateau", "percentile"])
 @pytest.mark.parametrize("closed", ["repeats", "sends nothing"])
-def test_when_the_shutter_has_shifted_all_counts_the_picture_stays_as_it_was(closed):
-    gain = InfraredGain()
+def test_when_the_shutter_has_shifted_all_counts_the_picture_stays_as_it_was(closed, method):
+    gain = InfraredGain(GainConfig(method=method))
     pictures = [gain(frame(scene(index), index))[0] for index in range(30)]
     if closed == "repeats":
         pictures += [gain(frame(scene(29), index))[0] for index in range(30, 42)]
@@ -119,9 +139,10 @@ def test_an_eight_bit_camera_has_its_own_gain_control_and_passes_unchanged():
 def test_a_black_hot_camera_is_turned_into_white_hot():
     image = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
     assert np.array_equal(InfraredGain(GainConfig(polarity="black_hot"))(frame(image))[0], 255 - image)
-    white, _ = InfraredGain()(frame(scene(0)))
-    black, _ = InfraredGain(GainConfig(polarity="black_hot"))(frame(scene(0)))
-    assert np.array_equal(black, 255 - white)
+    white, info = InfraredGain()(frame(scene(0)))
+    black, black_info = InfraredGain(GainConfig(polarity="black_hot"))(frame(65535 - scene(0)))
+    assert np.array_equal(black, white)
+    assert (black_info["low"], black_info["high"]) == (65535 - info["low"], 65535 - info["high"])
 
 
 def test_the_input_keeps_its_pixels():
@@ -154,6 +175,47 @@ def test_a_new_size_begins_anew():
     picture, info = gain(frame(scene(1, offset=9000)[:120, :160].copy(), 1))
     assert picture.shape == (120, 160)
     assert info["low"] > 16000
+
+
+# Under a cold sky
+
+
+PEOPLE = ("near", "back", "across", "pavement", "left", "far", "distant")
+
+
+def contrast_of_people(picture: np.ndarray, camera: SyntheticCamera, true_ns: int) -> dict[str, float]:
+    """Mean grey of each person minus that of what is just around."""
+    contrast = {}
+    for name in PEOPLE:
+        covered = camera.coverage(name, true_ns)
+        ring = (cv2.dilate((covered > 0.02).astype(np.uint8), np.ones((15, 15), np.uint8)) > 0) & (covered < 0.01)
+        if (covered > 0.9).sum() > 20:
+            contrast[name] = float(picture[covered > 0.9].mean() - picture[ring].mean())
+    return contrast
+
+
+@pytest.mark.parametrize(("scene_name", "least"), [("night", 110), ("day", 90), ("rain", 110), ("fog", 110)])
+def test_warm_people_keep_their_contrast_on_the_street_with_the_settings_that_everybody_gets(scene_name, least):
+    config = SyntheticSource(scene=scene_name, width=640, height=512, realtime=False)
+    camera = SyntheticCamera(config, "infrared")
+    camera.open()
+    one = camera.grab()
+    picture, _ = InfraredGain()(one)
+    people = contrast_of_people(picture, camera, camera.true_capture_ns(one.index))
+    assert len(people) >= 5
+    assert np.median(list(people.values())) >= least
+    assert min(people.values()) >= 50
+    assert (picture == 255).mean() < 0.01  # nobody is a white patch: inside of people there is something to see
+    linear, _ = InfraredGain(PERCENTILES)(one)
+    if scene_name in ("night", "day"):  # a clear, cold sky
+        before = contrast_of_people(linear, camera, camera.true_capture_ns(one.index))
+        assert np.median(list(people.values())) > 1.5 * np.median(list(before.values()))
+
+
+def test_a_configuration_that_names_percentiles_means_the_linear_stretch():
+    assert GainConfig().method == "plateau"
+    assert GainConfig(low_percentile=25).method == "percentile"
+    assert GainConfig(low_percentile=25, method="plateau").method == "plateau"
 
 
 # The shutter

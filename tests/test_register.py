@@ -139,7 +139,7 @@ def test_sixteen_bits_go_through_gain_control(calibrated):
     counts = np.random.default_rng(0).integers(7000, 8000, INFRARED[::-1], dtype=np.uint16)
     aligned = calibrated(both(Frame("infrared", counts, 0, 0, bits=14)))
     assert aligned.infrared.dtype == np.uint8
-    assert aligned.gain["method"] == "percentile"
+    assert aligned.gain["method"] == "plateau"
     assert 7000 <= aligned.gain["low"] < aligned.gain["high"] <= 8000
 
 
