@@ -203,6 +203,19 @@ def test_a_trained_scene_is_told_from_the_others(tmp_path: Path, pictures):
     assert "00001D" in cases.TRAINED_ON
 
 
+def test_pictures_of_unfit_size_depth_or_name_are_named(tmp_path: Path):
+    for name in ("ir", "vi"):
+        (tmp_path / name).mkdir()
+    cv2.imwrite(str(tmp_path / "ir" / "a.png"), np.zeros((50, 60), np.uint16))
+    cv2.imwrite(str(tmp_path / "vi" / "a.png"), np.zeros((60, 60, 3), np.uint8))
+    (tmp_path / "ir" / "notes.txt").write_text("no picture")
+    with pytest.raises(ValueError, match=r"a\.png has uint16 pixels"):
+        list(cases.folder_pairs(tmp_path / "ir", tmp_path / "vi"))
+    cv2.imwrite(str(tmp_path / "ir" / "a.png"), np.zeros((50, 60), np.uint8))
+    with pytest.raises(ValueError, match=r"a: .*infrared 60x50, visible 60x60"):
+        list(cases.folder_pairs(tmp_path / "ir", tmp_path / "vi"))
+
+
 # --- people ---
 
 

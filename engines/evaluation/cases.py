@@ -7,6 +7,7 @@ beside it, and `official_dspfusion_outputs`, pictures that others published.
 from __future__ import annotations
 
 import csv
+import glob
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ PUBLIC_PAIRS = tuple(
     + [f"roadscene/FLIR_{name}" for name in ["00288", "05245", "07190", "08874"]]
 )
 CONDITIONS = ("clean", *DEGRADATIONS)
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 # The published pictures whose clean pair is public, by their folder, which names the degradation of the inputs.
 PUBLISHED_SCENES = (
     ("LL_SN", "01016N"),
@@ -49,7 +51,8 @@ class Pair:
 
     def __post_init__(self) -> None:
         if self.infrared.shape != self.visible.shape[:2]:
-            raise ValueError(f"{self.name}: {self.infrared.shape = } does not fit {self.visible.shape = }")
+            sizes = f"infrared {_text(self.infrared.shape)}, visible {_text(self.visible.shape)}"
+            raise ValueError(f"{self.name}: the pictures of a pair have one size, these differ ({sizes} pixels)")
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,14 @@ class Case:
     mode: str = ""  # how to fuse it, where ways are compared
 
     def __post_init__(self) -> None:
-        if not self.infrared.shape == self.visible.shape[:2] == self.pair.infrared.shape:
-            raise ValueError(
-                f"{self.pair.name}, {self.condition}: the inputs {self.infrared.shape} and {self.visible.shape} "
-                f"do not fit the clean pictures {self.pair.infrared.shape}"
-            )
+        pictures = {"infrared input": self.infrared, "visible input": self.visible, "fused picture": self.ready}
+        size = self.pair.infrared.shape
+        for name, picture in pictures.items():
+            if picture is not None and picture.shape[:2] != size:
+                raise ValueError(
+                    f"{self.pair.name}, {self.condition}: the {name} has {_text(picture.shape)} pixels, "
+                    f"the clean pair {_text(size)}"
+                )
 
 
 def degraded_cases(
@@ -201,7 +207,8 @@ def one_file(folder: Path, stem: str) -> Path:
     Raises:
         FileNotFoundError: if there is none, or more than one.
     """
-    matches = [path for path in sorted(folder.glob(f"{stem}.*")) if path.stem == stem]
+    matches = [path for path in sorted(folder.glob(f"{glob.escape(stem)}.*")) if path.suffix.lower() in PICTURES]
+    matches = [path for path in matches if path.stem == stem]
     if len(matches) != 1:
         raise FileNotFoundError(f"expected one picture {stem}.* in {folder}, found {len(matches)}: is this the data?")
     return matches[0]
@@ -227,17 +234,24 @@ def read_colour(path: Path) -> Image:
 
 
 def _read(path: Path, how: int) -> Image:
-    image = cv2.imread(str(path), how)
+    image = cv2.imread(str(path), how | cv2.IMREAD_ANYDEPTH)
     if image is None:
         raise ValueError(f"{path} is not a picture that can be read")
+    if image.dtype != np.uint8:
+        raise ValueError(f"{path} has {image.dtype} pixels: the scores are of 8-bit pictures, convert it first")
     return np.asarray(image, dtype=np.uint8)
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}"
 
 
 def _stems(*folders: Path) -> list[str]:
     for folder in folders:
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} is not a folder")
-    stems = sorted({path.stem for folder in folders for path in folder.iterdir() if path.is_file()})
+    files = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() in PICTURES]
+    stems = sorted({path.stem for path in files})
     if not stems:
         raise FileNotFoundError(f"{' and '.join(map(str, folders))} hold no pictures")
     return stems

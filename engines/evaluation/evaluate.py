@@ -74,13 +74,20 @@ def _scored(method: Method, cases: Iterable[Case]) -> Iterator[tuple[Case, Image
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="score") as pool:
         for case in cases:
             if sources is None or sources[0] is not case.pair:
-                sources = case.pair, Sources(case.pair.infrared, case.pair.visible)
+                sources = case.pair, _sources_of(case.pair)
             fused = method(case)
             waiting.append((case, fused, pool.submit(_row, case, fused, sources[1])))
             while len(waiting) > WORKERS:
                 yield _finished(waiting.popleft())
         while waiting:
             yield _finished(waiting.popleft())
+
+
+def _sources_of(pair: Pair) -> Sources:
+    try:
+        return Sources(pair.infrared, pair.visible)
+    except ValueError as error:
+        raise ValueError(f"{pair.name}: {error}") from None
 
 
 def _finished(entry: tuple[Case, Image, Future[Row]]) -> tuple[Case, Image, Row]:
