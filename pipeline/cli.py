@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from pipeline.commands.calibrate import app as calibrate_app
 from pipeline.commands.evaluate import evaluate
+from pipeline.commands.train import train
 from pipeline.errors import ConfigError, DspfusionError
 from pipeline.redaction import redact
 
@@ -30,6 +31,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Check a rig's configuration
 app.add_typer(config_app, name="config")
 app.add_typer(calibrate_app, name="calibrate")
 app.command()(evaluate)
+app.command()(train)
 console = Console(stderr=True)
 
 Report = Annotated[
@@ -362,23 +364,6 @@ def size_of(text: str) -> tuple[int, int]:
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
         raise ConfigError(f"--size {text}: give WIDTHxHEIGHT, such as 640x480")
     return int(width), int(height)
-
-
-@app.command()
-def train(
-    config: Annotated[Path, typer.Argument(help="A training configuration, such as configs/train_nano.yaml.")],
-    minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes, with a checkpoint.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
-) -> None:
-    """Train the network; Stage I, then Stage II."""
-    from engines.training.train import read_config
-    from engines.training.train import train as train_network
-
-    settings = read_config(config)
-    if minutes is not None:
-        settings = settings.model_copy(update={"minutes": minutes})
-    weights = train_network(settings, resume=resume)
-    console.print(f"weights: {weights}")
 
 
 @config_app.command("check")

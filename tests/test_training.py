@@ -18,16 +18,18 @@ from safetensors.torch import load_file
 from engines.base import EngineError
 from engines.dspfusion import variants
 from engines.dspfusion.variants import VARIANTS, load
+from engines.training.config import TrainConfig, read_config
 from engines.training.data import IGNORED, Draw, Pair, draw_batch, read_pairs
 from engines.training.losses import chroma, fusion_losses, info_nce, luminance, structural_similarity
-from engines.training.train import TrainConfig, Training, main, read_config, take_fitting, train
+from engines.training.train import Training, main, take_fitting, train
 
 DRAW = Draw(region_px=64, crop_px=32)
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A network small enough for a test, under a name of its own."""
+    """A network small enough for a test, under a name of its own, and one thread: two wait for each other."""
+    torch.set_num_threads(1)
     tiny = dataclasses.replace(
         VARIANTS["nano"],
         name="tiny",
@@ -144,7 +146,7 @@ def test_the_later_stages_reach_one_part_alone(config: TrainConfig, stage: int, 
     training = Training(config, pairs_of(config))
     training.run(stop_after=2)
     while training.stage < stage:
-        training._next_stage()
+        training._end_stage()
     before = {name: value.clone() for name, value in training.network.state_dict().items()}
     training.step(draw_batch(training.pairs, 2, DRAW, 1, 0))
     for name, value in training.network.named_parameters():
@@ -161,23 +163,23 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(config: TrainConfig,
         resumed = Training(config, pairs)
         resumed.load(tmp_path / "a.checkpoint")
         resumed.run()
-        assert resumed.done == [2, 2, 2]
+        assert resumed.done == [2, 2, 2, 0]
         for name, value in unbroken.average.items():
             assert torch.equal(value, resumed.average[name]), (stop, name)
 
 
 def test_training_exports_weights_that_load(config: TrainConfig):
-    weights = train(config)
+    weights = train(config).weights
     network, _ = load("tiny", weights)
     assert not network.training
     with safe_open(weights, framework="pt") as file:
         assert file.metadata()["variant"] == "tiny"
-        assert file.metadata()["iterations"] == "2+2+2"
+        assert file.metadata()["iterations"] == "2+2+2+0"
 
 
 def test_a_finished_training_resumes_to_nothing(config: TrainConfig):
-    before = load_file(train(config))
-    after = load_file(train(config, resume=True))
+    before = load_file(train(config).weights)
+    after = load_file(train(config, resume=True).weights)
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
@@ -187,7 +189,7 @@ def test_resuming_without_a_checkpoint_is_refused(config: TrainConfig):
 
 
 def test_a_training_can_begin_with_the_weights_of_another(config: TrainConfig):
-    weights = train(config)
+    weights = train(config).weights
     following = Training(config, pairs_of(config))
     assert take_fitting(following.network, weights) == len(following.average)
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import csv
 import tarfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, NamedTuple, TypeVar, cast
 
 import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, EngineError
@@ -28,7 +31,10 @@ SECOND_STRENGTH = 0.3  # at most
 IGNORED = -100  # label of a missing modality: its kind is not to be named
 
 
-Degrade = Callable[[NDArray[np.float32], str, int, float], NDArray[np.float32]]
+Picture = NDArray[np.float32]
+Share = Annotated[float, Field(ge=0, le=1)]
+Drawn = TypeVar("Drawn")
+Tensors = TypeVar("Tensors", bound=Tensor | tuple[Any, ...])
 
 
 class Pair(NamedTuple):
@@ -40,13 +46,16 @@ class Pair(NamedTuple):
 class Draw:
     """How a training item is drawn."""
 
-    region_px: int = 256  # the priors are read from a region ...
-    crop_px: int = 128  # ... and a crop of it is fused
-    clean_share: float = 0.25  # of each modality, independently
-    missing_share: float = 0.05  # of the items: one modality is black
-    shift_px: int = 2  # the infrared region is moved by up to this much
-    gamma_range: float = 0.25  # the clean infrared picture's curve is bent by up to this share, as gains differ
-    second_share: float = 0.2  # of the degraded pictures of a modality: a second, weak degradation follows the first
+    __pydantic_config__ = ConfigDict(extra="forbid")  # a misspelled key is refused, here as in the whole configuration
+
+    region_px: Annotated[int, Field(ge=64)] = 256  # the priors are read from a region ...
+    crop_px: Annotated[int, Field(ge=16)] = 128  # ... and a crop of it is fused
+    clean_share: Share = 0.25  # of each modality, independently
+    missing_share: Share = 0.05  # of the items: one modality is black
+    shift_px: Annotated[int, Field(ge=0)] = 2  # the infrared region is moved by up to this much
+    gamma_range: Share = 0.25  # the clean infrared picture's curve is bent by up to this share, as gains differ
+    second_share: Share = 0.2  # of the degraded pictures of a modality: a second, weak degradation follows the first
+    still_share: Share = 0.5  # stage IV, of the items: a still pair, moved by a few pixels, instead of two video frames
 
 
 class Batch(NamedTuple):
@@ -73,13 +82,19 @@ def read_pairs(folder: Path, subsets: tuple[str, ...], fields: Path | None, leas
         folder: holds index.csv and the tar parts it names.
         subsets: those to read.
         fields: an npz of residual displacements by subset, (H, W, 2) as (dx, dy): the infrared pictures of a subset
-        named
-            there are corrected by it. None corrects nothing.
+            named there are corrected by it. None corrects nothing.
         least_px: smaller pictures are enlarged until their shorter side has this many pixels.
 
     Raises:
-        EngineError: there is no index, or nothing in it belongs to the subsets.
+        EngineError: there is no index, nothing in it belongs to the subsets, or a file that is named is not there.
     """
+    return list(reading_pairs(folder, subsets, fields, least_px)[1])
+
+
+def reading_pairs(
+    folder: Path, subsets: tuple[str, ...], fields: Path | None, least_px: int
+) -> tuple[int, Iterator[Pair]]:
+    """As `read_pairs`, one pair at a time: how many there are, and the pairs."""
     index = folder / "index.csv"
     if not index.is_file():
         raise EngineError(f"there is no training data in {folder}: it needs index.csv and the tar parts named there")
@@ -87,14 +102,31 @@ def read_pairs(folder: Path, subsets: tuple[str, ...], fields: Path | None, leas
         rows = [row for row in csv.DictReader(file) if row["subset"] in subsets]
     if not rows:
         raise EngineError(f"{index} lists no pair of {', '.join(subsets)}: name other subsets")
-    corrections = dict(np.load(fields)) if fields is not None else {}
-    pairs = []
+    return len(rows), _read_rows(folder, rows, _corrections(fields), least_px)
+
+
+def _corrections(fields: Path | None) -> dict[str, np.ndarray]:
+    if fields is None:
+        return {}
+    try:
+        return dict(np.load(fields))
+    except (OSError, ValueError) as error:
+        raise EngineError(
+            f"{fields} holds no displacement fields ({error}): name an npz, or leave `fields` out"
+        ) from error
+
+
+def _read_rows(
+    folder: Path, rows: list[dict[str, str]], corrections: dict[str, np.ndarray], least_px: int
+) -> Iterator[Pair]:
     for name in sorted({row["tar"] for row in rows}):
-        with tarfile.open(folder / name) as tar:
-            for row in rows:
-                if row["tar"] == name:
-                    pairs.append(_read_pair(tar, row, corrections.get(row["subset"]), least_px))
-    return pairs
+        try:
+            with tarfile.open(folder / name) as tar:
+                for row in rows:
+                    if row["tar"] == name:
+                        yield _read_pair(tar, row, corrections.get(row["subset"]), least_px)
+        except (OSError, tarfile.TarError, KeyError) as error:
+            raise EngineError(f"{folder / name} cannot be read ({error}): fetch the tar part again") from error
 
 
 def _read_pair(tar: tarfile.TarFile, row: dict[str, str], field: np.ndarray | None, least_px: int) -> Pair:
@@ -122,84 +154,173 @@ def _decoded(tar: tarfile.TarFile, name: str, how: int) -> NDArray[np.uint8]:
     return np.asarray(picture, np.uint8)
 
 
+def hold_back(pairs: list[Pair], number: int) -> tuple[list[Pair], list[Pair]]:
+    """Splits pairs into those to learn from and `number` that are only looked at, spread evenly over the list.
+
+    Raises:
+        EngineError: nothing would be left to learn from.
+    """
+    if number >= len(pairs):
+        raise EngineError(f"{number} of {len(pairs)} pairs cannot be held back: nothing is left to learn from")
+    held = {(2 * index + 1) * len(pairs) // (2 * number) for index in range(number)}
+    return [pair for i, pair in enumerate(pairs) if i not in held], [pairs[i] for i in sorted(held)]
+
+
 def draw_batch(pairs: list[Pair], size: int, draw: Draw, seed: int, iteration: int) -> Batch:
     """The batch of one iteration: the same for the same seed and number."""
     random = np.random.default_rng((seed, iteration))
-    items = [_draw_item(pairs[int(random.integers(len(pairs)))], draw, random) for _ in range(size)]
+    return collate([draw_item(pairs[int(random.integers(len(pairs)))], draw, random) for _ in range(size)])
+
+
+def collate(items: list[tuple[object, ...]]) -> Batch:
+    """Items of `draw_item` as one batch."""
     columns = list(zip(*items, strict=True))
     pictures = [torch.from_numpy(np.stack(column)) for column in columns[:8]]
     return Batch._make((*pictures, *(torch.tensor(column) for column in columns[8:])))
 
 
-def _draw_item(pair: Pair, draw: Draw, random: np.random.Generator) -> tuple[object, ...]:
-    clean_infrared, clean_visible = _region(pair, draw, random)
-    kinds = [
-        _kind(INFRARED_DEGRADATIONS, draw.clean_share, random),
-        _kind(VISIBLE_DEGRADATIONS, draw.clean_share, random),
-    ]
-    strength = random.random(2)
-    if VISIBLE_DEGRADATIONS[kinds[1]] == "low_light" and clean_visible.mean() < DARK:
-        strength[1] *= 0.4  # a night scene darkened further shows nothing to restore
-    infrared = _degraded(degrade_infrared, INFRARED_DEGRADATIONS, clean_infrared, kinds[0], strength[0], draw, random)
-    visible = _degraded(degrade_visible, VISIBLE_DEGRADATIONS, clean_visible, kinds[1], strength[1], draw, random)
+def draw_item(pair: Pair, draw: Draw, random: np.random.Generator) -> tuple[object, ...]:
+    """One item: the fields of `Batch` without the first axis."""
+    clean_infrared, clean_visible = Framing.drawn(pair.infrared.shape, draw, random).cut(pair)
+    spoiling = Spoiling.drawn(clean_visible, draw, random)
+    infrared, visible = spoiling.spoil(clean_infrared, clean_visible)
+    kinds = [spoiling.infrared_kind, spoiling.visible_kind]
     if random.random() < draw.missing_share:
         if random.random() < 0.5:
             infrared, clean_infrared, kinds[0] = np.zeros_like(infrared), np.zeros_like(infrared), IGNORED
         else:
             visible, clean_visible, kinds[1] = np.zeros_like(visible), np.zeros_like(visible), IGNORED
-    regions = [
-        picture[None] if picture.ndim == 2 else np.ascontiguousarray(picture.transpose(2, 0, 1))
-        for picture in (infrared, visible, clean_infrared, clean_visible)
-    ]
+    return item_of(
+        (infrared, visible, clean_infrared, clean_visible), kinds, spoiling.strength, draw_corner(draw, random), draw
+    )
+
+
+def draw_corner(draw: Draw, random: np.random.Generator) -> tuple[int, int]:
+    """Top and left of the crop within its region."""
     top, left = random.integers(draw.region_px - draw.crop_px + 1, size=2)
+    return int(top), int(left)
+
+
+def item_of(
+    pictures: tuple[Picture, Picture, Picture, Picture],
+    kinds: list[int],
+    strength: tuple[float, float],
+    corner: tuple[int, int],
+    draw: Draw,
+) -> tuple[object, ...]:
+    """Regions, the crops at `corner`, and the labels, in the order of `Batch`."""
+    regions = [
+        picture[None] if picture.ndim == 2 else np.ascontiguousarray(picture.transpose(2, 0, 1)) for picture in pictures
+    ]
+    top, left = corner
     crops = [region[:, top : top + draw.crop_px, left : left + draw.crop_px] for region in regions]
-    strengths = [float(value) if kind > 0 else 0.0 for value, kind in zip(strength, kinds, strict=True)]
+    strengths = [value if kind > 0 else 0.0 for value, kind in zip(strength, kinds, strict=True)]
     return (*regions, *crops, *kinds, *strengths)
 
 
-def _degraded(
-    degrade: Degrade,
-    kinds: tuple[str, ...],
-    clean: NDArray[np.float32],
-    kind: int,
-    strength: float,
-    draw: Draw,
-    random: np.random.Generator,
-) -> NDArray[np.float32]:
-    """The picture with its degradation; what a camera delivers in bad weather is seldom spoiled in one way alone."""
-    spoiled = degrade(clean, kinds[kind], int(random.integers(1 << 31)), float(strength))
-    if kind > 0 and random.random() < draw.second_share:
-        second = kinds[int(random.integers(1, len(kinds)))]
-        spoiled = degrade(spoiled, second, int(random.integers(1 << 31)), SECOND_STRENGTH * float(random.random()))
-    return spoiled
+@dataclass(frozen=True)
+class Spoiling:
+    """What one item's pictures suffer: kinds and strengths as labels, and the steps that lead there."""
+
+    infrared_kind: int
+    visible_kind: int
+    strength: tuple[float, float]  # infrared, visible
+    infrared_steps: list[tuple[str, int, float]]  # kind, seed, strength
+    visible_steps: list[tuple[str, int, float]]
+
+    @classmethod
+    def drawn(cls, clean_visible: Picture, draw: Draw, random: np.random.Generator) -> Spoiling:
+        infrared = _kind(INFRARED_DEGRADATIONS, draw.clean_share, random)
+        visible = _kind(VISIBLE_DEGRADATIONS, draw.clean_share, random)
+        strength = random.random(2)
+        if VISIBLE_DEGRADATIONS[visible] == "low_light" and clean_visible.mean() < DARK:
+            strength[1] *= 0.4  # a night scene darkened further shows nothing to restore
+        infrared_steps = _steps(INFRARED_DEGRADATIONS, infrared, float(strength[0]), draw, random)
+        visible_steps = _steps(VISIBLE_DEGRADATIONS, visible, float(strength[1]), draw, random)
+        return cls(infrared, visible, (float(strength[0]), float(strength[1])), infrared_steps, visible_steps)
+
+    def spoil(
+        self, infrared: Picture, visible: Picture, seeded: Callable[[str, int], int] = lambda _, seed: seed
+    ) -> tuple[Picture, Picture]:
+        """Spoils a pair. `seeded` turns a step's kind and seed into what that degradation draws from."""
+        for kind, seed, strength in self.infrared_steps:
+            infrared = degrade_infrared(infrared, kind, seeded(kind, seed), strength)
+        for kind, seed, strength in self.visible_steps:
+            visible = degrade_visible(visible, kind, seeded(kind, seed), strength)
+        return infrared, visible
 
 
 def _kind(kinds: tuple[str, ...], clean_share: float, random: np.random.Generator) -> int:
     return 0 if random.random() < clean_share else int(random.integers(1, len(kinds)))
 
 
-def _region(pair: Pair, draw: Draw, random: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    size, shift = draw.region_px, draw.shift_px
-    height, width = pair.infrared.shape
-    top, left = int(random.integers(height - size + 1)), int(random.integers(width - size + 1))
-    # Real registration is never exact: the network must not break at a pixel of disparity.
-    down = int(np.clip(top + random.integers(-shift, shift + 1), 0, height - size))
-    right = int(np.clip(left + random.integers(-shift, shift + 1), 0, width - size))
-    infrared = pair.infrared[down : down + size, right : right + size]
-    visible = pair.visible[top : top + size, left : left + size]
-    if random.random() < 0.5:
-        infrared, visible = infrared[:, ::-1], visible[:, ::-1]
-    bend = np.float32(1 + draw.gamma_range * random.uniform(-1, 1))
-    return (infrared * np.float32(1 / 255)) ** bend, visible * np.float32(1 / 255)
+def _steps(
+    kinds: tuple[str, ...], kind: int, strength: float, draw: Draw, random: np.random.Generator
+) -> list[tuple[str, int, float]]:
+    """The degradation; what a camera delivers in bad weather is seldom spoiled in one way alone."""
+    steps = [(kinds[kind], int(random.integers(1 << 31)), strength)]
+    if kind > 0 and random.random() < draw.second_share:
+        second = kinds[int(random.integers(1, len(kinds)))]
+        steps.append((second, int(random.integers(1 << 31)), SECOND_STRENGTH * float(random.random())))
+    return steps
 
 
-def batches(pairs: list[Pair], size: int, draw: Draw, seed: int, start: int) -> Iterator[Batch]:
-    """Endless batches from iteration `start` on, drawn one ahead in a thread."""
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(draw_batch, pairs, size, draw, seed, start)
-        iteration = start
-        while True:
-            batch = following.result()
-            iteration += 1
-            following = pool.submit(draw_batch, pairs, size, draw, seed, iteration)
-            yield batch
+@dataclass(frozen=True)
+class Framing:
+    """Where a region lies in its pictures, and how the clean infrared one is bent."""
+
+    top: int
+    left: int
+    infrared_top: int
+    infrared_left: int
+    size: int
+    mirrored: bool
+    bend: np.float32
+
+    @classmethod
+    def drawn(cls, shape: tuple[int, ...], draw: Draw, random: np.random.Generator) -> Framing:
+        size, shift = draw.region_px, draw.shift_px
+        height, width = shape
+        top, left = int(random.integers(height - size + 1)), int(random.integers(width - size + 1))
+        # Real registration is never exact: the network must not break at a pixel of disparity.
+        down = int(np.clip(top + random.integers(-shift, shift + 1), 0, height - size))
+        right = int(np.clip(left + random.integers(-shift, shift + 1), 0, width - size))
+        mirrored = random.random() < 0.5
+        return cls(top, left, down, right, size, mirrored, np.float32(1 + draw.gamma_range * random.uniform(-1, 1)))
+
+    def cut(self, pair: Pair) -> tuple[Picture, Picture]:
+        """The region of both pictures, in [0, 1]."""
+        rows, columns = (slice(start, start + self.size) for start in (self.infrared_top, self.infrared_left))
+        infrared = pair.infrared[rows, columns]
+        rows, columns = (slice(start, start + self.size) for start in (self.top, self.left))
+        visible = pair.visible[rows, columns]
+        if self.mirrored:
+            infrared, visible = infrared[:, ::-1], visible[:, ::-1]
+        return (infrared * np.float32(1 / 255)) ** self.bend, visible * np.float32(1 / 255)
+
+
+def drawn_ahead(draw: Callable[[int], Drawn], numbers: Iterable[int], threads: int = 1) -> Generator[Drawn]:
+    """What `draw` makes of each number, in order, drawn ahead in as many threads. Endless numbers are fine."""
+    with ThreadPoolExecutor(threads) as pool:
+        waiting: deque[Future[Drawn]] = deque()
+        for number in numbers:
+            waiting.append(pool.submit(draw, number))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def numbers_of(start: int, rank: int, processes: int) -> Iterator[int]:
+    """The endless draws of one of several processes: no draw is made twice."""
+    return count(start * processes + rank, processes)
+
+
+def moved(tensors: Tensors, device: torch.device) -> Tensors:
+    """A tensor, or a named tuple of them, on a device; the copy overlaps with what the device still computes."""
+    if device.type == "cpu":
+        return tensors
+    if isinstance(tensors, Tensor):
+        layout = torch.channels_last if tensors.ndim == 4 else torch.preserve_format
+        return cast(Tensors, tensors.pin_memory().to(device, non_blocking=True, memory_format=layout))
+    return cast(Tensors, type(tensors)(*(moved(tensor, device) for tensor in tensors)))

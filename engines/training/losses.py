@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from engines.dspfusion.head import BLUE, GREEN, RED
 
+STILL = 2 / 255  # a pixel that changes by less, in both clean sources, stands still: the evaluation counts likewise
+Weight = Annotated[float, Field(ge=0)]
+
 
 @dataclass(frozen=True)
 class LossWeights:
-    structure: float = 1.0
-    intensity: float = 15.0
-    consistency: float = 0.25
-    colour: float = 20.0
-    gradient: float = 20.0
-    contrast: float = 0.1  # InfoNCE on the degradation embeddings
-    naming: float = 0.5  # cross entropy of the degradation names
-    rating: float = 0.5  # L1 of their strengths
-    tokens: float = 10.0  # stage II: L1 between restored and clean semantic tokens
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    structure: Weight = 1.0
+    intensity: Weight = 15.0
+    consistency: Weight = 0.25
+    colour: Weight = 20.0
+    gradient: Weight = 20.0
+    contrast: Weight = 0.1  # InfoNCE on the degradation embeddings
+    naming: Weight = 0.5  # cross entropy of the degradation names
+    rating: Weight = 0.5  # L1 of their strengths
+    tokens: Weight = 10.0  # stage II: L1 between restored and clean semantic tokens
+    few_steps: Weight = 0.0  # stage II: L1 between the tokens after one or two steps and after all ten
+    flicker: Weight = 20.0  # stage IV: change from frame to frame where nothing changes
+    warped: Weight = 10.0  # stage IV: change along the motion
 
 
 def luminance(picture: Tensor) -> Tensor:
@@ -91,3 +101,52 @@ def info_nce(embeddings: Tensor, labels: Tensor, temperature: float = 0.1) -> Te
     likeness = likeness - torch.eye(len(labels), device=labels.device) * 1e4  # nobody is compared with itself
     share = F.log_softmax(likeness, -1)
     return -(alike * share).sum() / alike.sum().clamp(min=1)
+
+
+def teacher_losses(fused: Tensor, taught: Tensor) -> dict[str, Tensor]:
+    """Distance to a teacher's picture of the same input, both (B, 3, H, W)."""
+    gradients = sobel(torch.cat([luminance(fused), luminance(taught)])).chunk(2)
+    return {
+        "teacher_intensity": F.l1_loss(fused, taught),
+        "teacher_gradient": F.l1_loss(gradients[0], gradients[1]),
+    }
+
+
+def flicker(first: Tensor, second: Tensor, clean_first: Tensor, clean_second: Tensor) -> Tensor:
+    """Mean change of the fused luminance where no clean source changes.
+
+    Args:
+        first, second: fused pictures of neighbouring frames, (B, 3, H, W).
+        clean_first, clean_second: clean infrared and visible luminance of these frames, (B, 2, H, W).
+
+    Returns:
+        A scalar; zero where everything moves.
+    """
+    still = ((clean_second - clean_first).abs() < STILL).all(1, keepdim=True).to(first)
+    return _mean_where((luminance(second) - luminance(first)).abs(), still)
+
+
+def warped(first: Tensor, second: Tensor, flow: Tensor, trusted: Tensor) -> Tensor:
+    """Mean difference between the second fused picture and the first one moved along the flow.
+
+    Args:
+        first, second: (B, 3, H, W).
+        flow: where a pixel of the second frame comes from, in pixels from itself, (B, 2, H, W) as (dx, dy).
+        trusted: 1 where the flow is to be believed, else 0, (B, 1, H, W).
+    """
+    return _mean_where((second - warp(first, flow)).abs(), trusted)
+
+
+def warp(picture: Tensor, flow: Tensor) -> Tensor:
+    """The picture as seen at every pixel's origin, (B, C, H, W); borders are repeated."""
+    height, width = picture.shape[-2:]
+    y, x = torch.meshgrid(
+        torch.arange(height, device=picture.device), torch.arange(width, device=picture.device), indexing="ij"
+    )
+    sampled = torch.stack([(x + flow[:, 0]) * (2 / (width - 1)) - 1, (y + flow[:, 1]) * (2 / (height - 1)) - 1], -1)
+    return F.grid_sample(picture, sampled, padding_mode="border", align_corners=True)
+
+
+def _mean_where(values: Tensor, there: Tensor) -> Tensor:
+    """Mean of (B, C, H, W) over the pixels of (B, 1, H, W) that are 1."""
+    return (values * there).sum() / (there.sum() * values.shape[1]).clamp(min=1)

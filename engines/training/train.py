@@ -1,112 +1,118 @@
-"""Trains one variant in three stages, within a budget of minutes.
+"""Trains one variant in four stages, within a budget of minutes; `stages.py` says what each of them teaches.
 
-Stage I trains everything but the diffusion: semantic tokens come from the clean pair, degradation tokens from the
-degraded one. Stage II trains the denoiser alone: the tokens that it restores from the degraded pair take the place of
-the clean ones. Stage III is ours, not the paper's: the U-Net learns to work with the tokens that it will be given,
-because clean ones tell it more (how bright a darkened scene was) than any denoiser can restore.
+One process, or several under torchrun. The draws of an iteration depend on the seed and its number alone, so that a
+resumed training ends where an unbroken one does.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import signal
+import sys
+import threading
 import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.nn.functional as F
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from engines.base import INFRARED_DEGRADATIONS, EngineError
+from engines.base import EngineError
 from engines.dspfusion.diffusion import STEPS
-from engines.dspfusion.network import DSPFusion, PriorTokens
-from engines.dspfusion.priors import mosaic
+from engines.dspfusion.network import DSPFusion
 from engines.dspfusion.variants import build
-from engines.training.data import Batch, Draw, Pair, batches, draw_batch, read_pairs
-from engines.training.losses import LossWeights, fusion_losses, info_nce
+from engines.training.checkpoint import read_checkpoint, write_checkpoint, write_whole
+from engines.training.config import STAGES, TrainConfig, checked, read_config
+from engines.training.data import Batch, Pair, draw_batch, drawn_ahead, hold_back, moved, numbers_of, reading_pairs
+from engines.training.distributed import ALONE, Processes, processes
+from engines.training.journal import Journal
+from engines.training.stages import (
+    NAMES,
+    Noise,
+    Teacher,
+    image_losses,
+    keep_precise,
+    learns,
+    video_losses,
+    warm_up,
+    weighted,
+)
+from engines.training.validation import Validation
+from engines.training.video import Clip, VideoBatch, draw_video_batch, read_clips
 
-STAGES = 3
-WARM_UP_RATE = 3e-3
-SEMANTIC_STEP = 4  # a region is reduced by this, as a 640 x 480 frame is for its semantic view
-
-
-class TrainConfig(BaseModel):
-    """One training. Unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    variant: str = "nano"
-    data: str  # folder with index.csv and tar parts
-    fields: str | None = None  # npz of residual displacements of the infrared pictures
-    subsets: tuple[str, ...] = ("msrs", "roadscene", "llvip", "tno", "m3fd", "fmb")
-    output: str  # folder of the checkpoint and the exported weights
-    minutes: float = Field(30.0, gt=0)  # of all stages together, when no iterations are given
-    shares: tuple[float, float, float] = (0.6, 0.15, 0.25)  # of the minutes, for each stage; their ratio counts
-    iterations: tuple[int, int, int] | None = None  # of each stage: exact, instead of minutes
-    batch: int = Field(8, ge=1)
-    rates: tuple[float, float, float] = (1e-3, 5e-4, 5e-4)  # learning rate of each stage at its start
-    weight_decay: float = Field(1e-4, ge=0)
-    clip: float = Field(1.0, gt=0)
-    averaging: float = Field(0.998, ge=0, lt=1)  # of the exponential moving average that is exported
-    seed: int = 1
-    threads: int = Field(2, ge=1)
-    checkpoint_s: float = Field(120.0, gt=0)
-    start: str | None = None  # weights to begin with; tensors that no longer fit begin anew
-    warm_up_items: int = Field(4096, ge=0)  # regions that the degradation encoder learns to name before stage I
-    warm_up_iterations: int = Field(400, ge=0)
-    draw: Draw = Draw()
-    weights: LossWeights = LossWeights()
+REPORTED_ITERATIONS = 50
 
 
-def read_config(path: Path) -> TrainConfig:
-    """Reads a YAML file; folders in it are relative to the file.
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended."""
 
-    Raises:
-        EngineError: the file is missing or says something that cannot be run.
-    """
-    try:
-        values = yaml.safe_load(path.read_text())
-        for key in ("data", "fields", "output", "start"):
-            if isinstance(values, dict) and isinstance(values.get(key), str):
-                values[key] = str(path.parent / values[key])
-        return TrainConfig.model_validate(values)
-    except OSError as error:
-        raise EngineError(f"{path} cannot be read ({error.strerror}): name a training configuration") from error
-    except (yaml.YAMLError, ValidationError) as error:
-        raise EngineError(f"{path} is no training configuration: {error}") from error
-
-
-def learns(parameter: str, stage: int) -> bool:
-    """Whether a parameter of this name is trained in a stage: all but the diffusion, it alone, the U-Net alone."""
-    if stage == 1:
-        return not parameter.startswith("diffusion.")
-    return parameter.startswith("diffusion." if stage == 2 else "unet.")
+    weights: Path
+    checkpoint: Path
+    finished: bool  # False: it was asked to stop, and can go on with --resume
+    iterations: list[int]  # of each stage
+    minutes: list[float]
+    validation: dict[str, float]  # the last one; empty where no pairs are held back
 
 
 class Training:
-    """The state of a training: everything that a checkpoint holds."""
+    """The state of a training: everything that a checkpoint holds, and how it moves on."""
 
-    def __init__(self, config: TrainConfig, pairs: list[Pair]) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        pairs: list[Pair],
+        clips: list[Clip] | None = None,
+        team: Processes = ALONE,
+        journal: Journal | None = None,
+    ) -> None:
         torch.manual_seed(config.seed)
-        self.config = config
-        self.pairs = pairs
-        self.network = build(config.variant)
+        self.config, self.team = config, team
+        self.pairs, held = hold_back(pairs, config.held_back)
+        self.clips = clips or []
+        self.journal = Journal(None) if journal is None else journal
+        self.half = config.precision == "bf16"
+        self.network = build(config.variant).to(team.device)
+        if team.device.type == "cuda":
+            self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.judged = copy.deepcopy(self.network).eval()  # takes over the averaged weights when it is looked at
+        if self.half:
+            keep_precise(self.network.unet.head)
+        self.validation = Validation(held, config, team.device) if held and team.first else None
+        self.last_validation: dict[str, float] = {}
+        self.teacher = Teacher(config.teacher, team.device) if config.teacher else None
         self.average = {name: value.clone() for name, value in self.network.state_dict().items()}
         self.stage = 1
-        self.done = [0, 0, 0]  # iterations of each stage
-        self.spent_s = [0.0, 0.0, 0.0]
+        self.done = [0] * STAGES  # iterations of each stage
+        self.spent_s = [0.0] * STAGES
         self.recent: dict[str, float] = {}
         self.optimizer = self._optimizer()
 
-    def begin(self) -> None:
-        """Before the first iteration: the weights to start from, and the warm-up of the degradation encoder."""
+    def begin(self, stopping: Callable[[], bool] = lambda: False) -> bool:
+        """Before the first iteration: the weights to start from, and the warm-up of the degradation encoder.
+
+        Returns:
+            Whether it came to its end, that is, was not asked to stop.
+        """
         if self.config.start is not None:
-            print(f"{take_fitting(self.network, Path(self.config.start))} tensors from {Path(self.config.start).name}")
-        warm_up(self.network, self.pairs, self.config)
+            taken = take_fitting(self.network, Path(self.config.start))
+            self.journal.say(f"{taken} tensors from {Path(self.config.start).name}")
+        ended = warm_up(
+            self.network,
+            self.pairs,
+            self.config,
+            self.team.device,
+            self.journal.say,
+            lambda: self.team.agree(0, stopping())[1],
+        )
+        self.team.share(self.network.state_dict())
         self.average = {name: value.clone() for name, value in self.network.state_dict().items()}
+        return ended
 
     def _optimizer(self) -> torch.optim.Optimizer:
         for name, parameter in self.network.named_parameters():
@@ -129,82 +135,161 @@ class Training:
         budget_s = 60 * self.config.minutes * shares[current] / sum(shares)
         return min(1.0, self.spent_s[current] / budget_s) if budget_s else 1.0
 
-    def run(self, checkpoint: Path | None = None, stop_after: int | None = None) -> None:
-        """Trains to the end of the last stage, or for `stop_after` iterations."""
-        left = stop_after
-        saved = time.monotonic()
-        while self.stage <= STAGES:
-            current = self.stage - 1
-            seed = self.config.seed * 4 + current
-            source = batches(self.pairs, self.config.batch, self.config.draw, seed, self.done[current])
-            while self.progress() < 1 and left != 0:
-                began = time.monotonic()
-                self.step(next(source))
-                self.spent_s[current] += time.monotonic() - began
-                self.done[current] += 1
-                left = None if left is None else left - 1
-                if self.done[current] % 50 == 0:
-                    self._report()
-                if checkpoint is not None and time.monotonic() - saved > self.config.checkpoint_s:
-                    self.save(checkpoint)
-                    saved = time.monotonic()
-            if left == 0:
-                break
-            self._next_stage()
+    def run(
+        self,
+        checkpoint: Path | None = None,
+        stop_after: int | None = None,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> bool:
+        """Trains to the end of the last stage, for `stop_after` iterations, or until `stopping` says so.
+
+        Returns:
+            Whether the last stage came to its end.
+        """
+        last = None if stop_after is None else sum(self.done) + stop_after
+        clock = _Clock(self.config)
+        stopped = False
+        while self.stage <= STAGES and not stopped:
+            stopped = self._run_stage(checkpoint, clock, lambda: stopping() or sum(self.done) == last)
+            if not stopped:
+                self._end_stage()
         if checkpoint is not None:
             self.save(checkpoint)
+        return not stopped
 
-    def _next_stage(self) -> None:
+    def _run_stage(self, checkpoint: Path | None, clock: _Clock, stopping: Callable[[], bool]) -> bool:
+        """Trains to the end of the current stage.
+
+        Returns:
+            Whether it was stopped before.
+        """
+        current = self.stage - 1
+        with closing(self._batches()) as source:
+            while True:
+                progress, stop = self.team.agree(self.progress(), stopping())
+                if progress >= 1 or stop:
+                    return progress < 1
+                began = time.monotonic()
+                self.step(moved(next(source), self.team.device), progress)
+                self.spent_s[current] += time.monotonic() - began
+                self.done[current] += 1
+                self.journal.advance(NAMES[current], progress, self.recent)
+                if self.done[current] % REPORTED_ITERATIONS == 0:
+                    self._note("train", self.recent)
+                if checkpoint is not None and clock.save_due():
+                    self.save(checkpoint)
+                if clock.validation_due():
+                    self.validate()
+
+    def _batches(self) -> Generator[Batch | VideoBatch]:
+        """This process's batches of the current stage, from the next iteration on."""
+        config, current = self.config, self.stage - 1
+        seed = config.seed * 4 + current
+        numbers = numbers_of(self.done[current], self.team.rank, self.team.size)
+
+        def still(number: int) -> Batch:
+            return draw_batch(self.pairs, config.batch, config.draw, seed, number)
+
+        def moving(number: int) -> VideoBatch:
+            return draw_video_batch(self.clips, self.pairs, config.batch, config.draw, seed, number)
+
+        if self.stage == STAGES:
+            return drawn_ahead(moving, numbers, config.drawing_threads)
+        return drawn_ahead(still, numbers, config.drawing_threads)
+
+    def _end_stage(self) -> None:
+        """Looks at what a stage has reached, and goes on with the averaged network, which is the exported one."""
+        if self.done[self.stage - 1] > 0:
+            self.validate()
+            if self.stage == 2:
+                self._report_priors()
         self.stage += 1
-        # A stage goes on with the averaged network, which is the one that is exported.
         self.network.load_state_dict(self.average)
+        self.recent = {}
         if self.stage <= STAGES:
             self.optimizer = self._optimizer()
 
-    def step(self, batch: Batch) -> None:
-        """One iteration of the current stage."""
+    def step(self, batch: Batch | VideoBatch, progress: float | None = None) -> None:
+        """One iteration of the current stage.
+
+        Raises:
+            EngineError: the loss is not a number any more.
+        """
         for group in self.optimizer.param_groups:
-            group["lr"] = self._full_rate() * _schedule(self.progress(), self.done[self.stage - 1])
-        losses = stage_losses(self.network, batch, self.stage, self._noise(batch))
-        weights = self.config.weights
-        total = torch.stack([getattr(weights, name) * value for name, value in losses.items()]).sum()
+            share = _schedule(self.progress() if progress is None else progress, self.done[self.stage - 1])
+            group["lr"] = self._full_rate() * share
+        losses = self._losses(batch)
+        total = weighted(losses, self.config.weights, self.teacher.share if self.teacher else 0.0)
+        values = dict(zip(losses, torch.stack([*losses.values()]).detach().tolist(), strict=True))
         self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        total.backward()  # type: ignore[no-untyped-call]
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        self.team.average_gradients(parameters)
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.clip)
+        if not bool(torch.isfinite(norm)):
+            raise EngineError(
+                f"the gradients of stage {NAMES[self.stage - 1]} are no numbers any more after "
+                f"{self.done[self.stage - 1]} iterations: lower its rate, and go on with --resume"
+            )
         self.optimizer.step()
         self._average()
-        for name, value in losses.items():
-            self.recent[name] = 0.95 * self.recent.get(name, value.item()) + 0.05 * value.item()
+        for name, value in values.items():
+            self.recent[name] = 0.95 * self.recent.get(name, value) + 0.05 * value
 
-    def _noise(self, batch: Batch) -> tuple[int, Tensor | None]:
-        """How many diffusion steps this iteration takes, and the noise it starts from (None: the stored one)."""
+    def _losses(self, batch: Batch | VideoBatch) -> dict[str, Tensor]:
+        if isinstance(batch, VideoBatch):
+            return video_losses(self.network, batch, self._noise(batch.first), self.half)
+        few_steps = self.config.weights.few_steps > 0
+        return image_losses(
+            self.network, batch, self.stage, self._noise(batch), self.teacher, self.half, few_steps=few_steps
+        )
+
+    def _noise(self, batch: Batch) -> Noise:
+        """How many diffusion steps this iteration takes, in all processes, and in stage II the noise it starts from."""
         number = self.config.seed * 1_000_003 + self.done[self.stage - 1]
         generator = torch.Generator().manual_seed(number)
         steps = int(torch.randint(1, STEPS + 1, (1,), generator=generator))
         if self.stage != 2:
-            return steps, None
+            return Noise(steps)
         shape = (len(batch.infrared), *self.network.diffusion.noise.shape[1:])
-        return steps, torch.randn(shape, generator=generator)
+        for _ in range(self.team.rank):  # every process starts from noise of its own
+            torch.randn(shape, generator=generator)
+        return Noise(steps, moved(torch.randn(shape, generator=generator), self.team.device))
 
     @torch.no_grad()
     def _average(self) -> None:
         done = self.done[self.stage - 1]
         keep = min(self.config.averaging, (1 + done) / (10 + done))
-        for name, value in self.network.state_dict().items():
-            if value.dtype.is_floating_point:
-                self.average[name].lerp_(value, 1 - keep)
+        state = self.network.state_dict()
+        names = [name for name, value in state.items() if value.dtype.is_floating_point]
+        torch._foreach_lerp_([self.average[name] for name in names], [state[name] for name in names], 1 - keep)
 
-    def _report(self) -> None:
-        values = "  ".join(f"{name} {value:.4f}" for name, value in self.recent.items())
-        current = self.stage - 1
-        print(
-            f"stage {self.stage}  {self.done[current]:6d}  {self.spent_s[current] / 60:6.2f} min  {values}", flush=True
-        )
+    def validate(self) -> None:
+        """Judges the averaged network, where pairs are held back; the first process does, the others wait."""
+        if self.validation is None:
+            return
+        self.judged.load_state_dict(self.average)
+        stage = min(self.stage, STAGES)
+        self.last_validation, sheet = self.validation.judge(self.judged, stage)
+        self._note("validation", self.last_validation)
+        self.journal.show(sheet, NAMES[stage - 1], sum(self.done))
+
+    def _report_priors(self) -> None:
+        if self.validation is None:
+            return
+        self.judged.load_state_dict(self.average)
+        for steps, values in self.validation.prior_errors(self.judged).items():
+            self._note(f"priors_{steps}_steps", values)
+
+    def _note(self, what: str, values: dict[str, float]) -> None:
+        current = min(self.stage, STAGES) - 1
+        minutes = sum(self.spent_s) / 60
+        self.journal.note(what, NAMES[current], self.done[current], sum(self.done), minutes, values)
 
     def save(self, path: Path) -> None:
         """Writes everything needed to go on, and the averaged weights beside it."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not self.team.first:
+            return
         state = {
             "network": self.network.state_dict(),
             "average": self.average,
@@ -214,41 +299,61 @@ class Training:
             "spent_s": self.spent_s,
             "recent": self.recent,
             "variant": self.config.variant,
+            "processes": self.team.size,
         }
-        temporary = path.with_suffix(".partial")
-        torch.save(state, temporary)
-        temporary.replace(path)
+        write_checkpoint(path, state, self.config)
         self.export(path.with_name(f"{self.config.variant}.safetensors"))
 
     def load(self, path: Path) -> None:
         """Goes on from a checkpoint.
 
         Raises:
-            EngineError: the checkpoint is missing or belongs to another variant.
+            EngineError: it is missing, damaged, or belongs to another training.
         """
-        if not path.is_file():
-            raise EngineError(f"there is no checkpoint {path} to resume from: start without --resume")
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-        if state["variant"] != self.config.variant:
-            raise EngineError(f"{path} is a checkpoint of '{state['variant']}', not of '{self.config.variant}'")
+        state = read_checkpoint(path, self.config)
+        if state.get("processes", 1) != self.team.size:
+            self.journal.say(
+                f"{path.name} was written by {state.get('processes', 1)} processes, and {self.team.size} go on: "
+                "their draws are others than an unbroken training would have seen"
+            )
         self.stage, self.done, self.spent_s = state["stage"], state["done"], state["spent_s"]
         self.recent = state["recent"]
         self.network.load_state_dict(state["network"])
-        self.average = state["average"]
+        self.average = {name: value.to(self.team.device) for name, value in state["average"].items()}
         self.optimizer = self._optimizer()
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.done[min(self.stage, STAGES) - 1] > 0:
+            self.optimizer.load_state_dict(state["optimizer"])
 
     def export(self, path: Path) -> None:
         """Writes the averaged weights as safetensors."""
-        path.parent.mkdir(parents=True, exist_ok=True)
         tensors = {name: value.contiguous() for name, value in self.average.items()}
         metadata = {
             "variant": self.config.variant,
             "iterations": "+".join(str(done) for done in self.done),
             "minutes": "+".join(f"{spent / 60:.1f}" for spent in self.spent_s),
         }
-        save_file(tensors, path, metadata=metadata)
+        if self.teacher is not None and self.config.teacher is not None:
+            metadata["teacher"] = f"{self.config.teacher.variant} {self.teacher.sha256}"
+        write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))
         path.chmod(0o644)  # the library keeps it to its owner, and a package is read by others
+
+
+class _Clock:
+    """When the next checkpoint and the next validation are due."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._save_s, self._validate_s = config.checkpoint_s, 60 * config.validate_minutes
+        self._saved = self._validated = time.monotonic()
+
+    def save_due(self) -> bool:
+        due = time.monotonic() - self._saved > self._save_s
+        self._saved = time.monotonic() if due else self._saved
+        return due
+
+    def validation_due(self) -> bool:
+        due = time.monotonic() - self._validated > self._validate_s
+        self._validated = time.monotonic() if due else self._validated
+        return due
 
 
 def take_fitting(network: DSPFusion, path: Path) -> int:
@@ -256,47 +361,20 @@ def take_fitting(network: DSPFusion, path: Path) -> int:
 
     Returns:
         How many were taken.
+
+    Raises:
+        EngineError: the file cannot be read, or nothing in it fits.
     """
     state = network.state_dict()
-    fitting = {
-        name: value for name, value in load_file(path).items() if name in state and state[name].shape == value.shape
-    }
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise EngineError(f"{path} holds no weights to start from ({error}): name another file in `start`") from error
+    fitting = {name: value for name, value in tensors.items() if name in state and state[name].shape == value.shape}
+    if not fitting:
+        raise EngineError(f"no tensor of {path} fits this variant: name weights of the same size in `start`")
     network.load_state_dict(state | fitting)
     return len(fitting)
-
-
-def warm_up(network: DSPFusion, pairs: list[Pair], config: TrainConfig) -> None:
-    """Teaches the degradation encoder to name degradations, on small views drawn once and shown again and again.
-
-    A prior that says nothing would be ignored by the U-Net; alongside the image losses it takes thousands of
-    iterations to say something, alone a few hundred cheap ones.
-    """
-    if config.warm_up_items == 0 or config.warm_up_iterations == 0:
-        return
-    views: list[tuple[Tensor, ...]] = []
-    for number in range(-(-config.warm_up_items // config.batch)):
-        batch = draw_batch(pairs, config.batch, config.draw, config.seed * 4 + STAGES, number)
-        pictures = (mosaic(picture).half() for picture in (batch.region_infrared, batch.region_visible))
-        views.append((*pictures, batch.infrared_kind, batch.visible_kind))
-    infrared, visible, infrared_kind, visible_kind = (torch.cat(column) for column in zip(*views, strict=True))
-    generator = torch.Generator().manual_seed(config.seed)
-    parts = (network.degradation_encoder, network.name_infrared, network.name_visible)
-    optimizer = torch.optim.AdamW([parameter for part in parts for parameter in part.parameters()], lr=WARM_UP_RATE)
-    for iteration in range(config.warm_up_iterations):
-        for group in optimizer.param_groups:
-            group["lr"] = WARM_UP_RATE * (1 - iteration / config.warm_up_iterations)
-        chosen = torch.randint(len(infrared), (4 * config.batch,), generator=generator)
-        encoder = network.degradation_encoder
-        infrared_names = network.name_infrared(encoder(infrared[chosen].float().expand(-1, 3, -1, -1)).mean(1))
-        visible_names = network.name_visible(encoder(visible[chosen].float()).mean(1))
-        loss = F.cross_entropy(infrared_names, infrared_kind[chosen]) + F.cross_entropy(
-            visible_names, visible_kind[chosen]
-        )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if (iteration + 1) % 50 == 0:
-            print(f"warm-up  {iteration + 1:6d}  naming {loss.item():.3f}", flush=True)
 
 
 def _schedule(progress: float, iteration: int) -> float:
@@ -305,87 +383,100 @@ def _schedule(progress: float, iteration: int) -> float:
     return rise * (0.01 + 0.99 * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress)))))
 
 
-def stage_losses(network: DSPFusion, batch: Batch, stage: int, noise: tuple[int, Tensor | None]) -> dict[str, Tensor]:
-    """The losses of one batch by the names of `LossWeights`.
+def train(config: TrainConfig, resume: bool = False) -> Outcome:
+    """Trains to the end of the budget, or until SIGINT or SIGTERM asks for an end.
 
-    Args:
-        noise: number of diffusion steps and starting tokens; not used in stage I.
-    """
-    clean = network.encode_semantics(*_reduced(batch.clean_region_infrared, batch.clean_region_visible))
-    if stage == 1:
-        priors = network.complete_priors(batch.region_infrared, batch.region_visible, clean, 0)
-    else:
-        seen = network.encode_semantics(*_reduced(batch.region_infrared, batch.region_visible))
-        priors = network.complete_priors(batch.region_infrared, batch.region_visible, seen, *noise)
-    fused = network(
-        batch.infrared,
-        batch.visible,
-        priors.degradation_infrared,
-        priors.degradation_visible,
-        priors.semantic,
-    )
-    losses = fusion_losses(fused, batch.clean_infrared, batch.clean_visible)
-    if stage == 1:
-        losses |= _degradation_losses(priors, batch)
-    elif stage == 2:
-        losses["tokens"] = F.l1_loss(priors.semantic, clean)
-    return losses
-
-
-def _reduced(infrared: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    return F.avg_pool2d(infrared, SEMANTIC_STEP), F.avg_pool2d(visible, SEMANTIC_STEP)
-
-
-def _degradation_losses(priors: PriorTokens, batch: Batch) -> dict[str, Tensor]:
-    embeddings = torch.cat([priors.infrared_embedding, priors.visible_embedding])
-    # The same kind in the other modality is another label.
-    visible = torch.where(batch.visible_kind >= 0, batch.visible_kind + len(INFRARED_DEGRADATIONS), batch.visible_kind)
-    naming = F.cross_entropy(priors.infrared_logits, batch.infrared_kind) + F.cross_entropy(
-        priors.visible_logits, batch.visible_kind
-    )
-    return {
-        "contrast": info_nce(embeddings, torch.cat([batch.infrared_kind, visible])),
-        "naming": naming,
-        "rating": _rating(priors.infrared_strength, batch.infrared_strength, batch.infrared_kind)
-        + _rating(priors.visible_strength, batch.visible_strength, batch.visible_kind),
-    }
-
-
-def _rating(found: Tensor, true: Tensor, kind: Tensor) -> Tensor:
-    """L1 of the strengths where the modality is there."""
-    there = (kind >= 0).to(found)
-    return ((found - true).abs() * there).sum() / there.sum().clamp(min=1)
-
-
-def train(config: TrainConfig, resume: bool = False) -> Path:
-    """Trains to the end of the budget.
-
-    Returns:
-        The exported weights.
+    Raises:
+        EngineError: the data, the checkpoint or the teacher cannot be used, or the loss diverged.
     """
     torch.set_num_threads(config.threads)
-    fields = None if config.fields is None else Path(config.fields)
-    pairs = read_pairs(Path(config.data), config.subsets, fields, config.draw.region_px)
-    training = Training(config, pairs)
-    checkpoint = Path(config.output) / f"{config.variant}.checkpoint"
-    if resume:
-        training.load(checkpoint)
-    else:
-        training.begin()
-    training.run(checkpoint)
-    return checkpoint.with_name(f"{config.variant}.safetensors")
+    with stop_requested() as stopping, processes(config.device) as team:
+        output = Path(config.output)
+        checkpoint = output / f"{config.variant}.checkpoint"
+        step = sum(read_checkpoint(checkpoint, config)["done"]) if resume else 0
+        with closing(Journal(output if team.first else None, step)) as journal:
+            fields = None if config.fields is None else Path(config.fields)
+            number, read = reading_pairs(Path(config.data), config.subsets, fields, config.draw.region_px)
+            pairs = list(journal.reading(read, number, "reading pairs"))
+            clips = []
+            if config.videos is not None and (config.iterations or config.shares)[-1] > 0:
+                clips = read_clips(Path(config.videos), config.draw.region_px)
+            training = Training(config, pairs, clips, team, journal)
+            ready = True
+            if resume:
+                training.load(checkpoint)
+            else:
+                if team.first and checkpoint.exists():
+                    journal.say(f"an earlier checkpoint is kept as {keep_aside(checkpoint).name}")
+                ready = training.begin(stopping)
+            finished = ready and training.run(checkpoint, stopping=stopping)
+            if not ready:
+                journal.say("stopped during the warm-up: there is nothing to save yet")
+            elif not finished:
+                current = training.stage - 1
+                journal.say(
+                    f"stopped in stage {NAMES[current]} after {training.done[current]} iterations, "
+                    f"saved to {checkpoint}: go on with --resume"
+                )
+            return Outcome(
+                checkpoint.with_name(f"{config.variant}.safetensors"),
+                checkpoint,
+                finished,
+                training.done,
+                [spent / 60 for spent in training.spent_s],
+                training.last_validation,
+            )
+
+
+def keep_aside(checkpoint: Path) -> Path:
+    """Renames the checkpoint of an earlier training, so that a new one does not overwrite it."""
+    aside = checkpoint.with_name(f"{checkpoint.stem}.previous.checkpoint")
+    checkpoint.replace(aside)
+    return aside
+
+
+@contextmanager
+def stop_requested() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has asked for an orderly end; a second signal is immediate."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked.is_set
+        return
+
+    def ask(number: int, _: object) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def with_minutes(config: TrainConfig, minutes: float | None) -> TrainConfig:
+    """The configuration with another budget, in place of exact iterations too.
+
+    Raises:
+        EngineError: the budget is not above zero.
+    """
+    if minutes is None:
+        return config
+    return checked(config.model_dump() | {"minutes": minutes, "iterations": None}, "--minutes")
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The command for torchrun: `torchrun --nproc-per-node 2 -m engines.training.train CONFIG`."""
     parser = argparse.ArgumentParser(prog="python -m engines.training.train", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--minutes", type=float, help="budget of all stages together")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     options = parser.parse_args(arguments)
-    config = read_config(options.config)
-    if options.minutes is not None:
-        config = config.model_copy(update={"minutes": options.minutes})
-    print(train(config, options.resume))
+    try:
+        print(train(with_minutes(read_config(options.config), options.minutes), options.resume).weights)
+    except EngineError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
