@@ -88,7 +88,8 @@ class SyncConfig(Section):
     """When an infrared and a visible frame count as one moment."""
 
     max_skew_ms: float = Field(40.0, gt=0)  # farther apart in capture time is no pair
-    max_wait_ms: float = Field(60.0, gt=0)  # then the lone frame is passed on alone
+    # Then the visible frame is passed on alone. None: as long as the nearest infrared frame takes to come, 250 at most.
+    max_wait_ms: float | None = Field(None, gt=0)
     infrared_offset_ms: float = 0.0  # subtracted from the infrared capture time
     visible_offset_ms: float = 0.0  # subtracted from the visible capture time
     hold_ms: float = Field(100.0, ge=0)  # an infrared frame may be used again up to this age, flagged "held"

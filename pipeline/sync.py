@@ -2,7 +2,8 @@
 
 The visible camera sets the pace: each of its frames leaves once, with the infrared frame nearest in capture time. A
 visible frame is let go as soon as that infrared frame is known: a newer one has come, or the predicted next one would
-be farther away than the best that is here. It never waits longer than `max_wait_ms`.
+be farther away than the best that is here. It never waits longer than `max_wait_ms`, or, where that is not set, than
+the nearest infrared frame can take to come: half a period, and what this camera's frames usually take to arrive.
 
     fused      nearest, within max_skew_ms, not used before, and not older than 1.5 infrared periods
     held       the same infrared frame again, or a farther one, within hold_ms
@@ -42,6 +43,11 @@ REUSE_PENALTY_PERIODS = 0.05  # prefer a fresh frame to a used one that is neare
 MAX_PENDING = 32  # frames of one camera
 POLL_NS = 40_000_000  # while anything waits, look at the clock at least this often
 _HISTORY = 16  # intervals for the period
+LATENCIES = 32  # frames, for how long a camera's frames usually take to arrive
+WAIT_UNKNOWN_NS = 60_000_000  # while nothing is known about the infrared camera
+WAIT_LONGEST_NS = 250_000_000  # by itself; a configuration may ask for more
+WAIT_MARGIN_NS = 5_000_000
+PREDICTION_JITTERS = 1.5  # this much of an interval's jitter earlier the next frame may come
 _BOTH_WAYS: tuple[tuple[Camera, Camera], ...] = (("infrared", "visible"), ("visible", "infrared"))
 
 
@@ -84,9 +90,22 @@ class _Rhythm:
 
     def __init__(self) -> None:
         self._intervals: deque[int] = deque(maxlen=_HISTORY)
+        self._latencies: deque[int] = deque(maxlen=LATENCIES)
         self.newest_ns: int | None = None
         self.period_ns: int | None = None
         self.jitter_ns = 0
+
+    def arrived(self, latency_ns: int) -> None:
+        """Notes how long after its capture time a frame has come."""
+        self._latencies.append(latency_ns)
+
+    @property
+    def usual_latency_ns(self) -> int | None:
+        """Nearly all frames have come by then after their capture."""
+        if not self._latencies:
+            return None
+        middle = median(self._latencies)
+        return round(middle + 6 * median(abs(latency - middle) for latency in self._latencies))
 
     def forget(self) -> None:
         self._intervals.clear()
@@ -169,7 +188,7 @@ class Sync:
             "visible": round(self.config.visible_offset_ms * 1e6),
         }
         self._max_skew_ns = round(self.config.max_skew_ms * 1e6)
-        self._max_wait_ns = round(self.config.max_wait_ms * 1e6)
+        self._max_wait_ns = None if self.config.max_wait_ms is None else round(self.config.max_wait_ms * 1e6)
         self._hold_ns = round(self.config.hold_ms * 1e6)
         self._pending: dict[Camera, deque[_Candidate]] = {"infrared": deque(), "visible": deque()}
         self._rhythm: dict[Camera, _Rhythm] = {"infrared": _Rhythm(), "visible": _Rhythm()}
@@ -179,6 +198,15 @@ class Sync:
         self._released_until_ns: int | None = None  # capture time of the newest pair
         self._now_ns: int | None = None
         self._watched_ns = 0
+
+    @property
+    def infrared_offset_ms(self) -> float:
+        """What is taken off the infrared capture times."""
+        return self._offset_ns["infrared"] / 1e6
+
+    def shift_infrared(self, by_ms: float) -> None:
+        """Changes what is taken off the infrared capture times from now on; in small steps, time stays in order."""
+        self._offset_ns["infrared"] += round(by_ms * 1e6)
 
     @property
     def dropped(self) -> dict[Camera, Counter[str]]:
@@ -209,6 +237,7 @@ class Sync:
             self.account.drop(camera, "out_of_order")
             return
         self._learn_rhythm(camera, frame.captured_ns)
+        self._rhythm[camera].arrived(now_ns - frame.captured_ns)
         if camera == "infrared" and self._repeats.add(frame.image):
             self.account.drop(camera, "repeat")
         elif not settled:
@@ -227,7 +256,8 @@ class Sync:
         while visible and self._decided(visible[0], now_ns):
             candidate = visible.popleft()
             # After a pause of ours the whole queue is overdue: only the newest is worth showing.
-            if visible and now_ns - candidate.came_ns > 2 * self._max_wait_ns + POLL_NS:
+            longest_ns = WAIT_UNKNOWN_NS if self._max_wait_ns is None else self._max_wait_ns
+            if visible and now_ns - candidate.came_ns > 2 * max(longest_ns, self._wait_ns(candidate)) + POLL_NS:
                 self.account.drop("visible", "too_late")
                 continue
             pairs.append(self._pair(candidate, now_ns))
@@ -240,7 +270,8 @@ class Sync:
         """When to poll next if no frame comes before; None: nothing waits."""
         if self._now_ns is None:
             return None
-        deadlines = [candidate.came_ns + self._max_wait_ns for candidate in list(self._pending["visible"])[:1]]
+        visible = self._pending["visible"]
+        deadlines = [visible[0].came_ns + self._wait_ns(visible[0])] if visible else []
         if deadlines or any(not candidate.used for candidate in self._pending["infrared"]):
             deadlines.append(self._now_ns + POLL_NS)
         return min(deadlines, default=None)
@@ -337,8 +368,19 @@ class Sync:
         distance = abs(candidate.captured_ns - captured_ns)
         return distance + candidate.used * _reuse_penalty_ns(self._rhythm)
 
+    def _wait_ns(self, visible: _Candidate) -> int:
+        """How long a visible frame may wait."""
+        if self._max_wait_ns is not None:
+            return self._max_wait_ns
+        rhythm = self._rhythm["infrared"]
+        latency_ns, period_ns = rhythm.usual_latency_ns, rhythm.period_ns
+        if latency_ns is None or period_ns is None:
+            return WAIT_UNKNOWN_NS
+        comes_ns = visible.captured_ns + period_ns // 2 + 2 * rhythm.jitter_ns + latency_ns
+        return min(max(comes_ns + WAIT_MARGIN_NS - visible.came_ns, 0), WAIT_LONGEST_NS)
+
     def _decided(self, visible: _Candidate, now_ns: int) -> bool:
-        if self._presence["infrared"].absent or now_ns >= visible.came_ns + self._max_wait_ns:
+        if self._presence["infrared"].absent or now_ns >= visible.came_ns + self._wait_ns(visible):
             return True
         rhythm = self._rhythm["infrared"]
         if rhythm.newest_ns is None:
@@ -348,8 +390,8 @@ class Sync:
         if rhythm.period_ns is None or not self._pending["infrared"]:
             return False
         best = min(self._cost(candidate, visible.captured_ns) for candidate in self._pending["infrared"])
-        # Twice the jitter of an interval: with an irregular camera it is worth waiting for the fact.
-        next_ns = rhythm.newest_ns + rhythm.period_ns - 2 * rhythm.jitter_ns
+        # With an irregular camera it is worth waiting for the fact.
+        next_ns = rhythm.newest_ns + rhythm.period_ns - PREDICTION_JITTERS * rhythm.jitter_ns
         return next_ns - visible.captured_ns > best
 
     def _pair(self, visible: _Candidate, now_ns: int) -> FramePair:
