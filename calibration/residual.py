@@ -43,7 +43,7 @@ WIDE_ROLLS = (0.0, -0.02, 0.02, -0.04, 0.04)
 
 # What one scene gets wrong however clear it is, fitted on real pairs: edges of heat are not quite edges of light, near
 # things show parallax, moving things moved between the exposures. Pixels, pixels, radians, logarithm of the scale.
-SCENE_SIGMA = (0.85, 0.85, 0.0025, 0.002)
+SCENE_SIGMA = (0.8, 0.8, 0.002, 0.0012)
 MOVED_SIGMA_PX = 4.0  # how far a calibration that is no longer right is off, typically
 NEW_SCENE_LEVELS = 12.0  # mean difference of the thumbnails, in grey levels
 THUMBNAIL = (32, 24)
@@ -51,9 +51,9 @@ THUMBNAIL = (32, 24)
 DEGRADED_PX, LOST_PX = 2.0, 4.0  # of displacement
 HEALTH_SPAN_PX = 8.0  # displacement at which nothing is left of the health
 
-MIN_EVIDENCE = 12.0  # log of how much more probable the pictures are together than as strangers
-MIN_BLOCKS = 4  # that support the answer
-MIN_SPREAD = 0.12  # of the picture's width and height: root mean square distance of these blocks from their middle
+MIN_EVIDENCE = 15.0  # log of how much more probable the pictures are together than as strangers
+MIN_BLOCKS = 6  # that support the answer
+MIN_SPREAD = 0.07  # of the picture's width and height: root mean square distance of these blocks from their middle
 
 
 @dataclass(frozen=True, eq=False)

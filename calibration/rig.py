@@ -171,7 +171,7 @@ def infrared_map(
     valid &= (map_x >= 0) & (map_x <= width - 1) & (map_y >= 0) & (map_y <= height - 1)
     map_x = np.clip(np.nan_to_num(map_x, nan=-width, posinf=2 * width, neginf=-width), -width, 2 * width)
     map_y = np.clip(np.nan_to_num(map_y, nan=-height, posinf=2 * height, neginf=-height), -height, 2 * height)
-    return map_x.astype(np.float32), map_y.astype(np.float32), _feathered(valid, feather_px)
+    return map_x.astype(np.float32), map_y.astype(np.float32), feathered(valid, feather_px)
 
 
 def _through_plane(
@@ -199,7 +199,7 @@ def _through_homography(
     return x / scale, y / scale, scale * np.sign(centre) > 1e-12  # the other side of the horizon is no picture
 
 
-def _feathered(valid: np.ndarray, feather_px: float) -> np.ndarray:
+def feathered(valid: np.ndarray, feather_px: float) -> np.ndarray:
     """0 outside, rising to 1 over `feather_px` pixels from the edge. The edge of the visible picture itself is none."""
     if valid.all():
         return np.ones(valid.shape, np.float32)
