@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 import pytest
@@ -398,6 +399,42 @@ def test_sets_people_and_readout_are_parts_of_one_report(tmp_path: Path, picture
     assert scores["parts"]["people"]["clean"]["people"] == 1
     assert {row["part"] for row in scores["rows"]} == {"by_set", "people"}
     assert set(scores["parts"]["readout"]["held-back"]) == {"infrared", "visible"}
+
+
+def write_frames(path: Path, frames: list[np.ndarray]) -> None:
+    """A lossless video of these pictures, grey or in colour, at 25 frames a second."""
+    height, width = frames[0].shape[:2]
+    colour = frames[0].ndim == 3
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=25)
+        stream.width, stream.height, stream.pix_fmt = width, height, "bgr0" if colour else "gray"
+        for picture in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24" if colour else "gray")))
+        container.mux(stream.encode(None))
+
+
+def test_a_degraded_clip_flickers_less_through_the_replay_than_frame_by_frame(tmp_path: Path, pictures, command):
+    _, infrared, visible = (cv2.resize(picture, (160, 128)) for picture in pictures)
+    random = np.random.default_rng(5)
+    noisy = [np.clip(infrared + random.normal(0, 9, infrared.shape), 0, 255).astype(np.uint8) for _ in range(12)]
+    folder = tmp_path / "video"
+    folder.mkdir()
+    write_frames(folder / "clean_ir.mkv", [infrared] * 12)
+    write_frames(folder / "noisy_ir.mkv", noisy)
+    write_frames(folder / "vi.mkv", [grey_to_colour(visible)] * 12)
+    clips = [
+        {"name": "wall", "group": group, "ir": file, "vi": "vi.mkv"}
+        for group, file in (("eval", "clean_ir.mkv"), ("eval_degraded", "noisy_ir.mkv"), ("train", "nowhere.mkv"))
+    ]
+    (folder / "index.json").write_text(json.dumps(clips))
+    result = command(str(tmp_path), "--video", "--json", "-")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)["parts"]["video"]
+    assert found["clean"]["replay"]["flicker"] < 0.1
+    noise = found["degraded"]["infrared input"]["flicker"]
+    assert noise == pytest.approx(2 * 9 / np.sqrt(np.pi), rel=0.1)  # the mean of a difference of two normal draws
+    assert found["degraded"]["frame by frame"]["flicker"] == found["degraded"]["maximum"]["flicker"]
+    assert found["degraded"]["replay"]["flicker"] < 0.7 * found["degraded"]["frame by frame"]["flicker"]
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,17 @@ class StaticScene:
 
     def warped_error(self, frames: Sequence[Image]) -> float:
         """The mean |F(t) - warped F(t-1)|, moved as the clean visible picture moves, where nothing was covered."""
-        frames = self._checked(frames)
-        errors = []
+        return self.warped_errors([frames])[0]
+
+    def warped_errors(self, videos: Sequence[Sequence[Image]]) -> list[float]:
+        """`warped_error` of several videos; the motion is found once for all of them."""
+        checked = [self._checked(frames) for frames in videos]
+        errors: list[list[float]] = [[] for _ in checked]
         for index, (flow, seen) in enumerate(self._motion(), 1):
-            moved = cv2.remap(frames[index - 1], flow[..., 0], flow[..., 1], cv2.INTER_LINEAR)
-            errors.append(float(cv2.absdiff(frames[index], moved)[seen].mean()) if seen.any() else 0.0)
-        return float(np.mean(errors))
+            for frames, found in zip(checked, errors, strict=True):
+                moved = cv2.remap(frames[index - 1], flow[..., 0], flow[..., 1], cv2.INTER_LINEAR)
+                found.append(float(cv2.absdiff(frames[index], moved)[seen].mean()) if seen.any() else 0.0)
+        return [float(np.mean(found)) for found in errors]
 
     def _checked(self, frames: Sequence[Image]) -> list[Image]:
         if len(frames) != len(self._visible):

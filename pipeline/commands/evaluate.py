@@ -350,10 +350,10 @@ def list_clips(data: Path, limit: int | None) -> list[Clip]:
     if not (root / "index.json").is_file():
         raise FileNotFoundError(f"there is no {root / 'index.json'}")
     entries = json.loads((root / "index.json").read_text())
-    clean = [entry for entry in entries if entry.get("group") == "eval"][:limit]
-    twins = {
-        entry["name"].removesuffix("_degraded"): entry for entry in entries if entry.get("group") == "eval_degraded"
-    }
+    if not all({"name", "group", "ir", "vi"} <= entry.keys() for entry in entries):
+        raise ValueError(f"{root / 'index.json'} needs name, group, ir and vi of every clip")
+    clean = [entry for entry in entries if entry["group"] == "eval"][:limit]
+    twins = {entry["name"].removesuffix("_degraded"): entry for entry in entries if entry["group"] == "eval_degraded"}
     clips = []
     for entry in clean:
         sources = root / entry["ir"], root / entry["vi"]
@@ -402,10 +402,10 @@ def judge_clip(clip: Clip, serving: FusionEngine) -> list[dict[str, Any]]:
             "inputs": clip.inputs,
             "method": method,
             "flicker": scene.flicker(frames),
-            "warped_error": scene.warped_error(frames),
+            "warped_error": error,
             "static_share": scene.static_share,
         }
-        for method, frames in videos.items()
+        for (method, frames), error in zip(videos.items(), scene.warped_errors(list(videos.values())), strict=True)
     ]
     scored = range(SCORED_EVERY_FRAMES - 1, len(truth), SCORED_EVERY_FRAMES)
     sources = [Sources(truth[index].infrared, truth[index].visible) for index in scored]
@@ -511,9 +511,13 @@ def described(description: EngineDescription, request: Request) -> dict[str, Any
 
 
 def numeric_means(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The mean of every number that all rows have, by its name."""
-    names = [name for name, value in rows[0].items() if isinstance(value, float)] if rows else []
-    return {name: sum(row[name] for row in rows) / len(rows) for name in names if all(name in row for row in rows)}
+    """The mean of every number that all rows have, by its name. Rows where it is no number (NaN) do not count."""
+    means = {}
+    for name in [name for name, value in rows[0].items() if isinstance(value, float)] if rows else []:
+        if all(name in row for row in rows):
+            values = [row[name] for row in rows if math.isfinite(row[name])]
+            means[name] = sum(values) / len(values) if values else math.nan
+    return means
 
 
 def finite(value: Any) -> Any:
