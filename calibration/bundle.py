@@ -85,7 +85,7 @@ def adjust(problem: Problem, start: State, max_steps: int = MAX_STEPS) -> Adjust
         try:
             moved = blocks.step(state, basis, damping)
         except np.linalg.LinAlgError:
-            raise CalibrationError(_UNDETERMINED) from None
+            raise CalibrationError(UNDETERMINED) from None
         tried = _Blocks(problem, moved, basis)
         if not tried.cost < blocks.cost:
             damping *= 10
@@ -100,7 +100,7 @@ def adjust(problem: Problem, start: State, max_steps: int = MAX_STEPS) -> Adjust
     return Adjusted(state, blocks.residuals, basis, reduced, gradient)
 
 
-_UNDETERMINED = "the views do not determine the lenses: show the board tilted, near and far, and in all corners"
+UNDETERMINED = "the views do not determine the lenses: show the board tilted, near and far, and in all corners"
 
 
 def resampled(result: Adjusted, weights: np.ndarray) -> np.ndarray:
@@ -121,7 +121,7 @@ def covariance(result: Adjusted) -> np.ndarray:
 
 
 def camera_of(shared: np.ndarray, camera: str, size: tuple[int, int]) -> CameraModel:
-    matrix, distortion = _lens(shared, camera)
+    matrix, distortion = lens_of(shared, camera)
     return CameraModel(*size, matrix, distortion)
 
 
@@ -156,7 +156,7 @@ def subset(problem: Problem, keep: np.ndarray) -> Problem:
     return replace(problem, views=tuple(problem.views[index] for index in chosen))
 
 
-def _lens(shared: np.ndarray, camera: str) -> tuple[np.ndarray, np.ndarray]:
+def lens_of(shared: np.ndarray, camera: str) -> tuple[np.ndarray, np.ndarray]:
     at = CAMERAS.index(camera) * PER_CAMERA
     fx, fy, cx, cy = shared[at : at + 4]
     return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]), shared[at + 4 : at + 9]
@@ -258,7 +258,7 @@ def _predict(
     board: np.ndarray, shared: np.ndarray, pose: np.ndarray, camera: str, alone: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(pixels (N, 2), their derivatives by the shared parameters (2N, 24) and by the view's pose (2N, 6))."""
-    matrix, distortion = _lens(shared, camera)
+    matrix, distortion = lens_of(shared, camera)
     rotation, translation = pose[:3], pose[3:]
     by_rig = None
     if camera == "infrared" and not alone:
@@ -282,3 +282,33 @@ def predicted_points(
 ) -> np.ndarray:
     """Pixels (N, 2) at which a camera should see the board; `pose` (6,) as in State."""
     return _predict(board, shared, pose, camera, alone)[0]
+
+
+def pose_of(board: np.ndarray, points: np.ndarray, matrix: np.ndarray, distortion: np.ndarray) -> np.ndarray:
+    """(6,) board -> camera: rotation vector and translation that fit the points (N, 2) best; NaN ones are left out."""
+    known = np.isfinite(points).all(axis=1)
+    object_points, pixels = board[known], np.ascontiguousarray(points[known])
+    found, rotation, translation = cv2.solvePnP(object_points, pixels, matrix, distortion, flags=cv2.SOLVEPNP_IPPE)
+    if not found or not np.isfinite(translation).all():
+        return np.array([0, 0, 0, 0, 0, 1.0])
+    rotation, translation = cv2.solvePnPRefineLM(object_points, pixels, matrix, distortion, rotation, translation)
+    return np.concatenate([rotation.ravel(), translation.ravel()])
+
+
+def project(board: np.ndarray, pose: np.ndarray, model: CameraModel) -> np.ndarray:
+    """Pixels (N, 2) of board points (N, 3) under a pose (6,)."""
+    return cv2.projectPoints(board, pose[:3], pose[3:], model.matrix, model.distortion)[0].reshape(-1, 2)
+
+
+def transform(pose: np.ndarray) -> np.ndarray:
+    """(4, 4) of a pose (6,)."""
+    matrix = np.eye(4)
+    matrix[:3, :3] = cv2.Rodrigues(pose[:3])[0]
+    matrix[:3, 3] = pose[3:]
+    return matrix
+
+
+def composed(pose: np.ndarray, then: np.ndarray) -> np.ndarray:
+    """The pose (6,) followed by a transform (4, 4)."""
+    matrix = then @ transform(pose)
+    return np.concatenate([cv2.Rodrigues(matrix[:3, :3])[0].ravel(), matrix[:3, 3]])

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from calibration.foreign import folder_rig, foreign_rig, is_foreign
 from calibration.rig import CalibrationError, CameraModel, Rig
 
 FORMAT = "dspfusion-calibration/1"
@@ -20,7 +21,7 @@ _DISTORTION_MODELS = ("plumb_bob", "none")
 
 
 def load_rig(path: str | Path) -> Rig:
-    """Reads a calibration file.
+    """Reads a calibration file, a Kalibr camchain, or a folder with the ROS camera_info of both cameras.
 
     Without `extrinsics`, `reference.homography` (infrared pixel -> visible pixel) takes its place, and the cameras need
     no more than their resolution.
@@ -30,17 +31,31 @@ def load_rig(path: str | Path) -> Rig:
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        raise CalibrationError(f"cannot read the calibration {path}: {reason}") from None
-    if len(content) > MAX_BYTES:
-        raise CalibrationError(f"{path} is larger than {MAX_BYTES >> 20} MiB: that is no calibration file")
+        if path.is_dir():
+            return folder_rig(path)
+    except CalibrationError as error:
+        raise CalibrationError(f"cannot read the calibration {path}: {error}") from None
+    content = _content(path)
     try:
-        return _rig(_parsed(content))
+        document = _yaml_mapping(content)
+        if is_foreign(document):
+            return foreign_rig(document, path)
+        return _rig(_checked(document))
     except CalibrationError as error:
         raise CalibrationError(f"{path}: {error}") from None
+
+
+def load_quality(path: str | Path) -> dict[str, Any]:
+    """What the file says about its own error (`quality`); empty where it says nothing, or is of another program.
+
+    Raises:
+        CalibrationError: it cannot be read.
+    """
+    if Path(path).is_dir():
+        return {}
+    document = _yaml_mapping(_content(Path(path)))
+    quality = document.get("quality")
+    return quality if isinstance(quality, dict) else {}
 
 
 def save_rig(rig: Rig, path: str | Path, extra: dict[str, Any] | None = None) -> None:
@@ -49,10 +64,11 @@ def save_rig(rig: Rig, path: str | Path, extra: dict[str, Any] | None = None) ->
     Args:
         rig: what to write.
         path: a .yaml file.
-        extra: further top-level keys, such as `created` and `quality`; plain YAML values.
+        extra: further keys, such as `created` and `quality`, or `cameras: {thermal: {rms_px: ...}}`; plain YAML
+            values. What the rig itself says stays.
     """
     path = Path(path)
-    document = _document(rig) | {key: value for key, value in (extra or {}).items() if key != "format"}
+    document = _merged(_document(rig), {key: value for key, value in (extra or {}).items() if key != "format"})
     text = yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110)
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -72,7 +88,29 @@ def save_rig(rig: Rig, path: str | Path, extra: dict[str, Any] | None = None) ->
             os.unlink(temporary)
 
 
-def _parsed(content: bytes) -> dict[str, Any]:
+def _merged(document: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    result = dict(document)
+    for key, value in extra.items():
+        if key not in result:
+            result[key] = value
+        elif isinstance(result[key], dict) and isinstance(value, dict):
+            result[key] = _merged(result[key], value)
+    return result
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise CalibrationError(f"cannot read the calibration {path}: {reason}") from None
+    if len(content) > MAX_BYTES:
+        raise CalibrationError(f"{path} is larger than {MAX_BYTES >> 20} MiB: that is no calibration file")
+    return content
+
+
+def _yaml_mapping(content: bytes) -> dict[str, Any]:
     try:
         document = yaml.safe_load(content.decode("utf-8"))
     except UnicodeDecodeError:
@@ -84,6 +122,11 @@ def _parsed(content: bytes) -> dict[str, Any]:
         raise CalibrationError("this is not YAML that can be read") from None
     if not isinstance(document, dict):
         raise CalibrationError(f"a calibration file is a mapping that begins with 'format: {FORMAT}'")
+    return document
+
+
+def _checked(document: dict[str, Any]) -> dict[str, Any]:
+    """A document of the right version."""
     version = document.get("format")
     if version != FORMAT:
         raise CalibrationError(f"the format is {_short(version)}, but this version reads '{FORMAT}': write it again")

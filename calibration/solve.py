@@ -220,10 +220,10 @@ def _first_lens(camera: str, alone: Problem) -> State:
             objects, pixels, size, guess, np.zeros(5), flags=flags | cv2.CALIB_USE_INTRINSIC_GUESS
         )
     except cv2.error:
-        raise CalibrationError(f"the {camera} camera: {bundle._UNDETERMINED}") from None
+        raise CalibrationError(f"the {camera} camera: {bundle.UNDETERMINED}") from None
     poses = np.array([np.concatenate([r.ravel(), t.ravel()]) for r, t in zip(rotations, translations, strict=True)])
     if not (np.isfinite(poses).all() and np.isfinite(matrix).all()):
-        raise CalibrationError(f"the {camera} camera: {bundle._UNDETERMINED}")
+        raise CalibrationError(f"the {camera} camera: {bundle.UNDETERMINED}")
     return State(bundle.shared_of({camera: (matrix, distortion)}, np.eye(4)), poses)
 
 
@@ -257,7 +257,7 @@ def _heldout_alone(camera: str, alone: Problem, start: State) -> float:
             fitted = bundle.adjust(bundle.subset(alone, ~out), State(start.shared, start.poses[~out]), max_steps=15)
         except CalibrationError:
             return math.inf
-        matrix, distortion = bundle._lens(fitted.state.shared, camera)
+        matrix, distortion = bundle.lens_of(fitted.state.shared, camera)
         for view in bundle.subset(alone, out).views:
             squares.append((_after_pose(alone.board, view.points[camera], matrix, distortion) ** 2).sum(axis=1))
     together = np.concatenate(squares)
@@ -266,21 +266,10 @@ def _heldout_alone(camera: str, alone: Problem, start: State) -> float:
 
 def _after_pose(board: np.ndarray, points: np.ndarray, matrix: np.ndarray, distortion: np.ndarray) -> np.ndarray:
     """(N, 2) residuals of the known points after fitting the board's pose."""
-    pose = _pose_of(board, points, matrix, distortion)
+    pose = bundle.pose_of(board, points, matrix, distortion)
     known = np.isfinite(points).all(axis=1)
     seen = cv2.projectPoints(board[known], pose[:3], pose[3:], matrix, distortion)[0].reshape(-1, 2)
     return points[known] - seen
-
-
-def _pose_of(board: np.ndarray, points: np.ndarray, matrix: np.ndarray, distortion: np.ndarray) -> np.ndarray:
-    """(6,) board -> camera."""
-    known = np.isfinite(points).all(axis=1)
-    object_points, pixels = board[known], np.ascontiguousarray(points[known])
-    found, rotation, translation = cv2.solvePnP(object_points, pixels, matrix, distortion, flags=cv2.SOLVEPNP_IPPE)
-    if not found or not np.isfinite(translation).all():
-        return np.array([0, 0, 0, 0, 0, 1.0])
-    rotation, translation = cv2.solvePnPRefineLM(object_points, pixels, matrix, distortion, rotation, translation)
-    return np.concatenate([rotation.ravel(), translation.ravel()])
 
 
 def _refuse_odd_lens(camera: str, matrix: np.ndarray, size: tuple[int, int]) -> None:
@@ -290,7 +279,7 @@ def _refuse_odd_lens(camera: str, matrix: np.ndarray, size: tuple[int, int]) -> 
     if not 2 < fov_deg < 140 or off > 0.3:
         raise CalibrationError(
             f"the {camera} lens comes out with a view of {fov_deg:.0f} degrees and its centre {100 * off:.0f} % off the "
-            f"middle, which no lens has: {bundle._UNDETERMINED}"
+            f"middle, which no lens has: {bundle.UNDETERMINED}"
         )
 
 
@@ -343,13 +332,17 @@ def _agreeing(
     """The pose between the cameras on which most views agree, each with one of the orders that the board allows."""
     candidates = []  # by view, by order: (rotation (3, 3), translation (3,), rms)
     for view in pairs:
-        seen = _transform(_pose_of(board, view.points["visible"], *lenses["visible"]))
+        seen = bundle.transform(bundle.pose_of(board, view.points["visible"], *lenses["visible"]))
         row = []
         for order in target.orders():
-            felt = _transform(_pose_of(board, view.points["infrared"][order], *lenses["infrared"]))
+            felt = bundle.transform(bundle.pose_of(board, view.points["infrared"][order], *lenses["infrared"]))
             row.append(felt @ np.linalg.inv(seen))
         candidates.append(row)
-    depth = float(np.median([_transform(_pose_of(board, v.points["visible"], *lenses["visible"]))[2, 3] for v in pairs]))
+    depth = float(
+        np.median(
+            [bundle.transform(bundle.pose_of(board, v.points["visible"], *lenses["visible"]))[2, 3] for v in pairs]
+        )
+    )
     best: tuple[float, np.ndarray, list[np.ndarray | None]] | None = None
     for row in candidates:
         for pose in row:
@@ -404,13 +397,6 @@ def _mirrored(
     return _agreeing(turned, problem.board, lenses | {"infrared": (flipped, bent)}, target)
 
 
-def _transform(pose: np.ndarray) -> np.ndarray:
-    matrix = np.eye(4)
-    matrix[:3, :3] = cv2.Rodrigues(pose[:3])[0]
-    matrix[:3, 3] = pose[3:]
-    return matrix
-
-
 def _angle_deg(rotation: np.ndarray) -> float:
     return math.degrees(math.acos(float(np.clip((np.trace(rotation) - 1) / 2, -1, 1))))
 
@@ -431,7 +417,7 @@ def _start(problem: Problem, shared: np.ndarray) -> State:
     poses = []
     for view in problem.views:
         camera = "visible" if "visible" in view.points else "infrared"
-        poses.append(_pose_of(problem.board, view.points[camera], *bundle._lens(shared, camera)))
+        poses.append(bundle.pose_of(problem.board, view.points[camera], *bundle.lens_of(shared, camera)))
     return State(shared, np.array(poses))
 
 
@@ -507,7 +493,7 @@ def _transfer(problem: Problem, result: Adjusted) -> np.ndarray:
 
 def transfer_error(board: np.ndarray, points: dict[str, np.ndarray], shared: np.ndarray) -> np.ndarray:
     """(M, 2) pixels: infrared points as measured minus as predicted from the visible ones."""
-    pose = _pose_of(board, points["visible"], *bundle._lens(shared, "visible"))
+    pose = bundle.pose_of(board, points["visible"], *bundle.lens_of(shared, "visible"))
     error = points["infrared"] - bundle.predicted_points(board, shared, pose, "infrared")
     return error[np.isfinite(error).all(axis=1)]
 
@@ -634,11 +620,11 @@ def _refuse_undetermined(result: Adjusted, map_sigma: dict[str, float], problem:
         if not sigma[camera]["fx"] <= MAX_FOCAL_SIGMA * focal:
             raise CalibrationError(
                 f"the focal length of the {camera} camera is known to {100 * sigma[camera]['fx'] / focal:.0f} % only: "
-                f"{bundle._UNDETERMINED}"
+                f"{bundle.UNDETERMINED}"
             )
     worst = max(map_sigma.values())
     if not worst <= MAX_MAP_SIGMA_PX:
-        raise CalibrationError(f"the map would be wrong by about {worst:.0f} px: {bundle._UNDETERMINED}")
+        raise CalibrationError(f"the map would be wrong by about {worst:.0f} px: {bundle.UNDETERMINED}")
 
 
 def _warnings(
@@ -661,9 +647,13 @@ def _warnings(
                 f"views reach only {100 * reached:.0f} % of the {camera} picture: hold the board into its corners too"
             )
     if map_sigma["inf"] > 1.0:
-        lines.append(f"the map far away may be off by {map_sigma['inf']:.1f} px: take more views, tilted and at the edges")
+        lines.append(
+            f"the map far away may be off by {map_sigma['inf']:.1f} px: take more views, tilted and at the edges"
+        )
     if heldout["rms"] > 1.0:
-        lines.append(f"left-out views are off by {heldout['rms']:.1f} px: is the board flat, still, and sharp in both cameras?")
+        lines.append(
+            f"left-out views are off by {heldout['rms']:.1f} px: is the board flat, still, and sharp in both cameras?"
+        )
     if len(outliers) > 0.15 * (len(views) + len(outliers)):
         lines.append(f"{len(outliers)} views were left out because they do not fit: was the board or the rig moving?")
     if rig.infrared.width * rig.infrared.height > 1.5 * rig.visible.width * rig.visible.height:
