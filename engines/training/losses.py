@@ -12,6 +12,9 @@ from torch import Tensor
 
 from engines.dspfusion.head import BLUE, GREEN, RED
 
+FIDELITY_WINDOWS = (11, 7, 3, 3)  # pixels, at full resolution and at each half
+FIDELITY_NOISE = 2 / 255**2  # variance of the noise of seeing
+FIDELITY_FLOOR = 0.2  # nats per pixel: a source without information is not worth copying its noise
 STILL = 2 / 255  # a pixel that changes by less, in both clean sources, stands still: the evaluation counts likewise
 Weight = Annotated[float, Field(ge=0)]
 
@@ -20,7 +23,8 @@ Weight = Annotated[float, Field(ge=0)]
 class LossWeights:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
-    structure: Weight = 1.0
+    structure: Weight = 0.5
+    fidelity: Weight = 1.0
     intensity: Weight = 15.0
     consistency: Weight = 0.25
     colour: Weight = 20.0
@@ -45,14 +49,59 @@ def chroma(picture: Tensor) -> Tensor:
     return torch.cat([(picture[:, 2:3] - light) / 1.772, (picture[:, 0:1] - light) / 1.402], 1)
 
 
+def local_mean(x: Tensor, window: int) -> Tensor:
+    """Means of window x window pixels, without a border: (B, C, H, W) -> (B, C, H - window + 1, W - window + 1).
+
+    Two narrow depthwise convolutions; pooling takes four times as long to train through on a processor.
+    """
+    channels = x.shape[1]
+    weight = x.new_full((channels, 1, window, 1), 1 / window)
+    down = F.conv2d(x, weight, groups=channels)
+    return F.conv2d(down, weight.transpose(-1, -2), groups=channels)
+
+
 def structural_similarity(first: Tensor, second: Tensor) -> Tensor:
     """Mean SSIM of two pictures in [0, 1], 7 x 7 windows."""
     pictures = torch.cat([first, second, first * first, second * second, first * second], 1)
-    mean_1, mean_2, square_1, square_2, product = F.avg_pool2d(pictures, 7, 1).split(1, 1)
+    mean_1, mean_2, square_1, square_2, product = local_mean(pictures, 7).split(1, 1)
     variances = square_1 - mean_1**2 + square_2 - mean_2**2
     covariance = product - mean_1 * mean_2
     similarity = (2 * mean_1 * mean_2 + 0.01**2) * (2 * covariance + 0.03**2)
     return (similarity / ((mean_1**2 + mean_2**2 + 0.01**2) * (variances + 0.03**2))).mean()
+
+
+def lost_information(picture: Tensor, sources: Tensor) -> Tensor:
+    """Share of each source's visual information that a picture lost: pixel-domain VIF turned round, with box windows.
+
+    Contrast beyond the source's earns nothing, so that nothing is sharpened or stretched for its sake.
+
+    Args:
+        picture: (B, 1, H, W) in [0, 1].
+        sources: (B, S, H, W).
+
+    Returns:
+        A scalar: the mean over the pictures of the sum over the sources; 0 where nothing was lost.
+
+    Reference: Sheikh and Bovik, "Image information and visual quality", 2006.
+    """
+    count = sources.shape[1]
+    kept = all_of_it = sources.new_zeros(())
+    for level, window in enumerate(FIDELITY_WINDOWS):
+        if level:
+            picture, sources = F.avg_pool2d(picture, 2), F.avg_pool2d(sources, 2)
+        if min(picture.shape[-2:]) < window:
+            break  # a small picture has fewer scales
+        moments = torch.cat([picture, picture * picture, sources, sources * sources, sources * picture], 1)
+        moments = local_mean(moments, window)
+        mean_picture, square_picture, mean, square, product = moments.split([1, 1, count, count, count], 1)
+        variance = (square - mean * mean).clamp(min=0)
+        covariance = product - mean * mean_picture
+        gain = covariance / (variance + 1e-6)
+        rest = (square_picture - mean_picture * mean_picture - gain * covariance).clamp(min=0)
+        gain = gain.clamp(0, 1)
+        kept = kept + torch.log1p(gain * gain * variance / (rest + FIDELITY_NOISE)).mean((-2, -1))
+        all_of_it = all_of_it + torch.log1p(variance / FIDELITY_NOISE).mean((-2, -1))
+    return (1 - (kept + FIDELITY_FLOOR) / (all_of_it + FIDELITY_FLOOR)).sum(1).mean()
 
 
 def sobel(picture: Tensor) -> Tensor:
@@ -76,6 +125,7 @@ def fusion_losses(fused: Tensor, infrared: Tensor, visible: Tensor) -> dict[str,
         "structure": 2
         - structural_similarity(fused_light, visible_light)
         - structural_similarity(fused_light, infrared),
+        "fidelity": lost_information(fused_light, torch.cat([infrared, visible_light], 1)),
         "intensity": F.l1_loss(fused_light, torch.maximum(infrared, visible_light)),
         "consistency": F.l1_loss(fused_light, infrared) + F.l1_loss(fused_light, visible_light),
         "colour": F.l1_loss(chroma(fused), chroma(visible)),
