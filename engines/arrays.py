@@ -112,6 +112,12 @@ def psnr_db(one: Image, other: Image) -> float:
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
 
 
+def agreement(engine: FusionEngine, reference: FusionEngine, infrared: Image, visible: Image) -> float:
+    """The PSNR of an engine's picture against the reference's, in dB, both with the reference's priors."""
+    priors = reference.estimate_priors(infrared, visible)
+    return psnr_db(engine.fuse(infrared, visible, priors), reference.fuse(infrared, visible, priors))
+
+
 def refuse_unless_close(engine: FusionEngine, reference: Reference) -> float:
     """Compares an engine with the reference, on the reference pair.
 

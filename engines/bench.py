@@ -1,17 +1,20 @@
-"""How long the network takes for a frame: wall and processor time, after warming up."""
+"""How long the network takes for a frame: wall and processor time, after warming up; alone, and side by side."""
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from engines.arrays import reference_pair
+from engines.arrays import Image, reference_pair
 from engines.base import FusionEngine
+
+Fuse = Callable[[Image, Image], object]  # infrared uint8 (H, W), visible uint8 RGB (H, W, 3)
 
 
 def bench(
@@ -33,9 +36,54 @@ def bench(
     Returns:
         One row for each engine and size: `engine, precision, variant, width, height, what` ("network"), `median_ms,
         p99_ms, cpu_ms` (processor time of all threads, mean), `fps` (of the median), `rss_mb` (of the process now),
-        `threads`, and `frames`, how many were timed.
+        `threads`; and `frames`, how many were timed, `priors_ms`, the median of an estimate, and on a GPU `gpu_mb`.
     """
     return [_row(engine, width, height, repeats, warm_up, seconds) for engine in engines for width, height in sizes]
+
+
+def side_by_side(
+    contenders: Mapping[str, Fuse],
+    size: tuple[int, int] = (640, 480),
+    repeats: int = 50,
+    warm_up: int = 3,
+    seconds: float = 60.0,
+) -> dict[str, dict[str, float]]:
+    """Times several ways to fuse in turns, frame by frame, so that whatever else the machine does hits all alike.
+
+    Args:
+        contenders: by name; each is given the same pair. The first one is the measure of the ratios.
+        size: width and height.
+        repeats: rounds; fewer, but at least three, once `seconds` are over.
+
+    Returns:
+        For each name `median_ms, p99_ms, cpu_ms` (mean) and `ratio`: its median divided by that of the first.
+    """
+    pair = reference_pair(size[::-1])
+    for _ in range(max(1, warm_up)):
+        for fuse in contenders.values():
+            fuse(*pair)
+    wall: dict[str, list[float]] = {name: [] for name in contenders}
+    cpu: dict[str, list[float]] = {name: [] for name in contenders}
+    end = time.perf_counter() + seconds
+    names = list(contenders)
+    for turn in range(repeats):
+        if turn >= 3 and time.perf_counter() > end:
+            break
+        for name in names if turn % 2 == 0 else reversed(names):  # who comes second finds warm caches
+            cpu_start, start = time.process_time(), time.perf_counter()
+            contenders[name](*pair)
+            wall[name].append((time.perf_counter() - start) * 1000)
+            cpu[name].append((time.process_time() - cpu_start) * 1000)
+    first = float(np.median(wall[names[0]]))
+    return {
+        name: {
+            "median_ms": float(np.median(wall[name])),
+            "p99_ms": float(np.percentile(wall[name], 99)),
+            "cpu_ms": float(np.mean(cpu[name])),
+            "ratio": float(np.median(wall[name])) / first,
+        }
+        for name in names
+    }
 
 
 def resident_mb() -> float:
@@ -59,15 +107,21 @@ def _row(engine: FusionEngine, width: int, height: int, repeats: int, warm_up: i
     for _ in range(max(1, warm_up)):
         engine.fuse(infrared, visible, priors)
     times_ms: list[float] = []
+    gc.collect()
     cpu_start, end = time.process_time(), time.perf_counter() + seconds
     while len(times_ms) < repeats and (len(times_ms) < 3 or time.perf_counter() < end):
         start = time.perf_counter()
         engine.fuse(infrared, visible, priors)
         times_ms.append((time.perf_counter() - start) * 1000)
     cpu_ms = (time.process_time() - cpu_start) * 1000 / len(times_ms)
+    priors_ms = []
+    for _ in range(5):
+        start = time.perf_counter()
+        engine.estimate_priors(infrared, visible)
+        priors_ms.append((time.perf_counter() - start) * 1000)
     median_ms = float(np.median(times_ms))
     description = engine.description
-    return {
+    row = {
         "engine": description.runtime,
         "precision": description.precision,
         "variant": description.variant,
@@ -81,4 +135,16 @@ def _row(engine: FusionEngine, width: int, height: int, repeats: int, warm_up: i
         "rss_mb": resident_mb(),
         "threads": description.threads,
         "frames": len(times_ms),
+        "priors_ms": float(np.median(priors_ms)),
     }
+    gpu_mb = _gpu_mb(engine)
+    return row if gpu_mb is None else row | {"gpu_mb": gpu_mb}
+
+
+def _gpu_mb(engine: FusionEngine) -> float | None:
+    """The GPU memory that PyTorch holds, at its peak; None where the engine uses none."""
+    if getattr(getattr(engine, "device", None), "type", "cpu") != "cuda":
+        return None
+    import torch
+
+    return torch.cuda.max_memory_reserved() / 2**20

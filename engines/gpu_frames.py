@@ -61,7 +61,7 @@ class InPrecision(nn.Module):
 
     def __init__(self, graph: nn.Module, precision: Precision) -> None:
         super().__init__()
-        self.graph = graph
+        self.inner = graph  # not `graph`: an exported module has an attribute of that name
         self.dtype = DTYPES[precision]
         if precision != "fp32":
             for module in graph.modules():
@@ -72,7 +72,7 @@ class InPrecision(nn.Module):
         half = self.dtype != torch.float32
         # No autocast cache: what it holds would be read from the wrong place when a captured graph is replayed.
         with torch.autocast(inputs[0].device.type, self.dtype if half else None, enabled=half, cache_enabled=False):
-            return self.graph(*inputs)
+            return self.inner(*inputs)
 
 
 class Warp(nn.Module):
@@ -104,10 +104,10 @@ class Warped(nn.Module):
 
     def __init__(self, graph: Graph, warp: Warp) -> None:
         super().__init__()
-        self.graph, self.warp = graph, warp
+        self.inner, self.warp = graph, warp
 
     def forward(self, infrared: Tensor, visible: Tensor, *tokens: Tensor) -> Any:
-        return self.graph(self.warp(infrared), visible, *tokens)
+        return self.inner(self.warp(infrared), visible, *tokens)
 
 
 class _Slot:

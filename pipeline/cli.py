@@ -15,6 +15,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pipeline.commands.bench import bench
+from pipeline.commands.build_engine import build_engine
 from pipeline.commands.calibrate import app as calibrate_app
 from pipeline.commands.evaluate import evaluate
 from pipeline.commands.train import train
@@ -30,6 +32,8 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Check a rig's configuration, or print what it may contain.")
 app.add_typer(config_app, name="config")
 app.add_typer(calibrate_app, name="calibrate")
+app.command()(bench)
+app.command("build-engine")(build_engine)
 app.command()(evaluate)
 app.command()(train)
 console = Console(stderr=True)
@@ -326,44 +330,6 @@ def doctor(as_json: AsJson = None) -> None:
             mark = {"ok": "[green]ok  [/]", "note": "[yellow]note[/]", "bad": "[red]BAD [/]"}[finding.state]
             console.print(f"{mark} {finding.what:<18} {finding.found}", highlight=False)
     raise typer.Exit(1 if any(finding.state == "bad" for finding in findings) else 0)
-
-
-@app.command()
-def bench(
-    engine: Annotated[list[str] | None, typer.Option("--engine", help="Engines to compare; repeat the option.")] = None,
-    size: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT; repeat the option.")] = None,
-    variant: Variant = "nano",
-    frames: Annotated[int, typer.Option(help="Timed frames an engine and size.")] = 60,
-    as_json: AsJson = None,
-) -> None:
-    """Time the network on this machine's engines."""
-    from engines.bench import bench as time_engines
-    from pipeline.live import engine_for
-    from pipeline.telemetry import write_report
-
-    sizes = [size_of(text) for text in size or ["640x480"]]
-    engines = [engine_for(engine_config(name, variant)) for name in engine or ["openvino", "pytorch"]]
-    try:
-        rows = time_engines(engines, sizes, repeats=frames)
-    finally:
-        for serving in engines:
-            serving.close()
-    if as_json:
-        write_report({"rows": rows}, as_json)
-    else:
-        for row in rows:
-            console.print(
-                f"{row['engine']:<9} {row['precision']:<5} {row['variant']} {row['width']}x{row['height']}: "
-                f"{row['median_ms']:.1f} ms median, {row['p99_ms']:.1f} p99, {row['cpu_ms']:.1f} ms of CPU"
-            )
-
-
-def size_of(text: str) -> tuple[int, int]:
-    """(width, height) of a text such as 640x480."""
-    width, _, height = text.partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise ConfigError(f"--size {text}: give WIDTHxHEIGHT, such as 640x480")
-    return int(width), int(height)
 
 
 @config_app.command("check")

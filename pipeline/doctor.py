@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import sys
 from typing import Literal, NamedTuple
@@ -19,7 +18,17 @@ class Finding(NamedTuple):
 
 def examine() -> list[Finding]:
     """All findings, in the order of the data flow."""
-    return [_python(), _processor(), *_packages(), _decoding(), _encoding(), _gpu(), *_engines()]
+    return [
+        _python(),
+        _processor(),
+        *_packages(),
+        _decoding(),
+        _encoding(),
+        *_gpu(),
+        _openvino(),
+        _cache(),
+        *_engines(),
+    ]
 
 
 def _python() -> Finding:
@@ -28,7 +37,9 @@ def _python() -> Finding:
 
 
 def _processor() -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from engines.openvino_engine import usable_cores
+
+    cores = usable_cores()
     return Finding("processor", "ok" if cores >= 2 else "note", f"{cores} cores (2 carry a 640x480 rig at 25 Hz)")
 
 
@@ -62,17 +73,61 @@ def _codec(what: str, name: str, mode: Literal["r", "w"]) -> Finding:
     return Finding(what, "ok", name)
 
 
-def _gpu() -> Finding:
-    import torch
+def _gpu() -> list[Finding]:
+    """The GPU, the packages that must fit one another to use it, and whether each runtime could, or why not."""
+    from engines.gpu_probe import PARTNERS, nvidia_driver_present, partner_versions, probe, refusal
 
-    if not torch.cuda.is_available():
-        return Finding("nvidia gpu", "note", "none seen: nano runs on the processor; base needs a GPU for real time")
-    tensorrt = f"torch-tensorrt {_installed('torch-tensorrt')}" if _installed("torch-tensorrt") else "no torch-tensorrt"
-    return Finding("nvidia gpu", "ok", f"{torch.cuda.get_device_name(0)}, {tensorrt}")
+    versions = partner_versions()
+    told = ", ".join(f"{name} {version or 'absent'}" for name, version in versions.items())
+    minor = ".".join((versions["torch"] or "").split(".")[:2])
+    lowest, below = PARTNERS.get(minor, (None, None))
+    needs = (
+        f"torch {minor} goes with torch-tensorrt {minor} and tensorrt >={lowest},<{below}"
+        if lowest
+        else (f"no torch-tensorrt is known for torch {minor or '(absent)'}: those for {', '.join(PARTNERS)} are")
+    )
+    if not nvidia_driver_present():
+        none = "none seen: nano runs on the processor; base needs a GPU for real time"
+        return [Finding("nvidia gpu", "note", none), Finding("tensorrt", "note", f"not of use here; {told}; {needs}")]
+    found = probe(False)
+    gpu = found.no_gpu or f"{found.gpu}, {found.memory_mb} MB, CUDA {found.cuda}"
+    findings = [Finding("nvidia gpu", "note" if found.no_gpu else "ok", gpu)]
+    for runtime in ("tensorrt", "compile"):
+        reason = refusal(runtime)
+        more = f"{told}; {needs}" if runtime == "tensorrt" else f"torch {versions['torch']}"
+        state: Literal["ok", "note"] = "ok" if reason is None else "note"
+        findings.append(Finding(runtime, state, f"can be used ({more})" if reason is None else f"{reason} ({more})"))
+    return findings
+
+
+def _openvino() -> Finding:
+    from engines.base import EngineError
+    from engines.openvino_engine import default_threads, import_openvino, usable_cores
+
+    try:
+        core = import_openvino().Core()
+        precisions = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except (EngineError, RuntimeError) as error:
+        return Finding("openvino engine", "bad", " ".join(str(error).split())[:200])
+    half = "bf16" if "BF16" in precisions else "no bf16"
+    return Finding("openvino engine", "ok", f"{half}; {default_threads()} threads of {usable_cores()} cores")
+
+
+def _cache() -> Finding:
+    from engines.cache import cache_folder, private_folder
+
+    folder = cache_folder()
+    try:
+        private_folder(folder)
+        entries = [path for path in folder.iterdir() if path.is_dir()]
+    except OSError as error:
+        return Finding("engine cache", "note", f"{error}: starts are slower without it")
+    megabytes = sum(file.stat().st_size for entry in entries for file in entry.glob("*")) / 2**20
+    return Finding("engine cache", "ok", f"{folder}: {len(entries)} entries, {megabytes:.0f} MB")
 
 
 def _engines() -> list[Finding]:
-    from engines.base import EngineError
+    from engines.base import EngineError, fallbacks_of
     from engines.dspfusion.variants import VARIANTS, default_weights
     from engines.selection import create_engine
 
@@ -83,10 +138,12 @@ def _engines() -> list[Finding]:
             engine = create_engine(variant="nano")
         except EngineError as error:
             return [*findings, Finding("engine", "bad", str(error))]
-        description = engine.description
+        description, fallbacks = engine.description, fallbacks_of(engine)
+        psnr_db = getattr(engine, "psnr_db", float("inf"))
         engine.close()
-        found = f"{description.runtime}, {description.precision}: {description.why}"
-        findings.append(Finding("engine", "note" if description.fallbacks else "ok", found))
+        found = f"{description.runtime}, {description.precision}: {description.why}; {psnr_db:.0f} dB against PyTorch"
+        findings.append(Finding("engine", "note" if fallbacks else "ok", found))
+        findings += [Finding("fallback", "note", line) for line in fallbacks]
     return findings
 
 

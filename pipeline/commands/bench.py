@@ -1,0 +1,330 @@
+"""`dspfusion bench`: the engines of this machine, and the live pipeline around them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from engines.base import FusionEngine
+
+COLUMNS = ("median_ms", "p99_ms", "cpu_ms", "fps", "rss_mb")
+AsJson = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to this file; - is the terminal.")]
+Size = tuple[int, int]
+
+
+def bench(
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--engine", help="auto, tensorrt, compile, openvino or pytorch; openvino:fp32 names a precision. Repeat it."
+        ),
+    ] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="nano or base; repeat the option.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT; repeat the option.")] = None,
+    what: Annotated[str, typer.Option(help="network, pipeline (all stages, live) or both.")] = "network",
+    frames: Annotated[int, typer.Option(min=3, max=100_000, help="Timed frames of a row.")] = 60,
+    warm_up: Annotated[int, typer.Option(min=1, max=10_000, help="Frames before, not counted.")] = 5,
+    seconds: Annotated[float, typer.Option(min=1, max=3600, help="Longest time of a row; a pipeline runs on.")] = 20,
+    rate: Annotated[float, typer.Option(min=1, max=240, help="Frames a second of the pipeline's two cameras.")] = 30,
+    threads: Annotated[int, typer.Option(min=0, max=256, help="Of engines on the processor; 0 chooses.")] = 0,
+    against: Annotated[
+        str | None,
+        typer.Option(help="module:function of another fuser (infrared, visible) -> picture, timed in turns with ours."),
+    ] = None,
+    as_json: AsJson = None,
+) -> None:
+    """Time the engines of this machine: the network alone, and the live pipeline around it."""
+    from pipeline.cli import console
+    from pipeline.telemetry import write_report
+
+    if what not in ("network", "pipeline", "both"):
+        raise ConfigError(f"--what {what}: choose network, pipeline or both")
+    sizes = [size_of(text) for text in size or ["640x480"]]
+    other = callable_of(against) if against else None
+    result: dict[str, Any] = {"machine": machine(), "rows": []}
+    orders = [(name, one) for one in variant or ["nano"] for name in engine or default_engines()]
+    with rows_done(len(orders)) as done:
+        for name, one in orders:
+            with engine_of(name, one, threads) as (serving, weights):
+                rows = measured(serving, sizes, what, frames, warm_up, seconds, rate)
+                result["rows"] += [row | {"weights": weights} for row in rows]
+                if other is not None:
+                    result.setdefault("side_by_side", []).extend(
+                        compared(serving, other, against or "", at, frames, warm_up, seconds) for at in sizes
+                    )
+            done()
+    if as_json:
+        write_report(result, as_json)
+    if as_json != "-":
+        console.print(table(result["rows"]))
+        for entry in result.get("side_by_side", []):
+            console.print(comparison(entry), highlight=False)
+
+
+def measured(
+    serving: FusionEngine, sizes: list[Size], what: str, frames: int, warm_up: int, seconds: float, rate: float
+) -> list[dict[str, Any]]:
+    """The rows of one engine."""
+    from engines.bench import bench as time_network
+
+    rows = [] if what == "pipeline" else time_network([serving], sizes, frames, warm_up, seconds)
+    return rows if what == "network" else rows + [pipeline_row(serving, size, seconds, rate) for size in sizes]
+
+
+def pipeline_row(serving: FusionEngine, size: Size, seconds: float, rate: float) -> dict[str, Any]:
+    """Runs the live pipeline on the simulated rig, with one subscriber to the raw and one to the JPEG pictures.
+
+    `median_ms` and `p99_ms` are from capture to publication, `cpu_ms` is the processor time of a fused frame with all
+    stages, the simulated cameras and the subscribers in it, `fps` what was sustained. `stages` are the medians.
+    """
+    import time
+
+    from engines.bench import resident_mb
+    from pipeline.config import RigConfig
+    from pipeline.live import LivePipeline
+
+    width, height = size
+    camera = {"kind": "synthetic", "scene": "night", "width": width, "height": height, "rate_hz": rate}
+    config = RigConfig.model_validate(
+        {"rig": "bench", "infrared": camera, "visible": camera, "publish": {"endpoint": "tcp://127.0.0.1:*"}}
+    )
+    pipeline = LivePipeline(config, engine=_Kept(serving))
+    with subscribers(pipeline.endpoint):
+        cpu = time.process_time()
+        report = pipeline.run(seconds)
+        cpu = time.process_time() - cpu
+    description = serving.description
+    latency = report["latency_ms"].get("capture_to_publish", {})
+    return {
+        "engine": description.runtime,
+        "precision": description.precision,
+        "variant": description.variant,
+        "width": width,
+        "height": height,
+        "what": "pipeline",
+        "median_ms": latency.get("p50"),
+        "p99_ms": latency.get("p99"),
+        "cpu_ms": cpu * 1000 / report["fused"] if report["fused"] else None,
+        "fps": report["fps"],
+        "rss_mb": resident_mb(),
+        "threads": description.threads,
+        "frames": report["fused"],
+        "rate_hz": rate,
+        "p95_ms": latency.get("p95"),
+        "stages": {name: stage["p50"] for name, stage in report["latency_ms"].items()},
+        "dropped": report["dropped"],
+        "fallbacks": report["fallbacks"],
+    }
+
+
+class _Kept:
+    """An engine that outlives the pipeline that it is lent to."""
+
+    def __init__(self, engine: FusionEngine) -> None:
+        self.description = engine.description
+        self.estimate_priors, self.fuse = engine.estimate_priors, engine.fuse
+
+    def close(self) -> None:
+        """Its owner closes it."""
+
+
+@contextmanager
+def subscribers(endpoint: str) -> Iterator[None]:
+    """Reads the raw and the JPEG pictures, as consumers would."""
+    import threading
+
+    from pipeline.client import Client
+
+    stop = threading.Event()
+
+    def read(codec: str) -> None:
+        with Client(endpoint, rig="bench", codec=codec) as client:
+            while not stop.is_set():
+                try:
+                    _ = client.latest(timeout_s=0.5).image.shape
+                except TimeoutError:
+                    continue
+
+    threads = [threading.Thread(target=read, args=(codec,), daemon=True) for codec in ("raw", "jpeg")]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(timeout=3)
+
+
+def compared(
+    serving: FusionEngine, other: Callable[..., Any], name: str, size: Size, frames: int, warm_up: int, seconds: float
+) -> dict[str, Any]:
+    """Ours and another callable in turns, in this process."""
+    from engines.arrays import reference_pair
+    from engines.bench import side_by_side
+
+    priors = serving.estimate_priors(*reference_pair(size[::-1]))
+    ours = f"{serving.description.runtime}:{serving.description.precision}"
+    try:
+        result = side_by_side(
+            {ours: lambda infrared, visible: serving.fuse(infrared, visible, priors), name: other},
+            size,
+            frames,
+            warm_up,
+            seconds,
+        )
+    except Exception as error:
+        if type(error).__name__ == "EngineError":
+            raise
+        raise ConfigError(
+            f"--against {name} failed ({type(error).__name__}: {error}): it is given uint8 infrared (H, W) and visible "
+            "(H, W, 3)"
+        ) from error
+    return {"variant": serving.description.variant, "width": size[0], "height": size[1], "contenders": result}
+
+
+def callable_of(text: str) -> Callable[..., Any]:
+    """The function that `module:function` names; modules of the working folder are found, too."""
+    import importlib
+
+    module, _, name = text.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except Exception as error:  # it is the user's code: whatever its import raises
+        raise ConfigError(
+            f"--against {text}: {type(error).__name__}: {error}: give module:function of something that can be imported"
+        ) from error
+    finally:
+        sys.path.pop(0)
+    if not callable(found):
+        raise ConfigError(f"--against {text}: {name} is no function: give module:function")
+    called: Callable[..., Any] = found
+    return called
+
+
+@contextmanager
+def engine_of(name: str, variant: str, threads: int = 0) -> Iterator[tuple[FusionEngine, str]]:
+    """An engine named runtime or runtime:precision, and whose weights it has ("shipped" or "random").
+
+    A variant without shipped weights is timed with random ones: time does not depend on them.
+    """
+    import tempfile
+
+    from engines.dspfusion.variants import VARIANTS, default_weights
+    from pipeline.live import engine_for
+
+    runtime, _, precision = name.partition(":")
+    config = engine_section(runtime=runtime, variant=variant, precision=precision or "auto", threads=threads)
+    with ExitStack() as stack:
+        shipped = variant not in VARIANTS or default_weights(variant).is_file()
+        if not shipped:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dspfusion-"))
+            config = config.model_copy(update={"weights": str(random_weights(variant, Path(folder)))})
+        serving = engine_for(config)
+        stack.callback(serving.close)
+        yield serving, "shipped" if shipped else "random"
+
+
+def random_weights(variant: str, folder: Path) -> Path:
+    """Weights of a fresh network, always the same."""
+    import torch
+    from safetensors.torch import save_file
+
+    from engines.dspfusion.variants import build
+
+    torch.manual_seed(0)
+    path = folder / f"{variant}.safetensors"
+    save_file(build(variant).state_dict(), path, metadata={"variant": variant})
+    return path
+
+
+def engine_section(**values: Any) -> Any:
+    """The engine section of a configuration from command-line options."""
+    from pydantic import ValidationError
+
+    from pipeline.config import EngineConfig, first_problem
+
+    try:
+        return EngineConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"--{first_problem(error).replace('runtime', 'engine', 1)}") from None
+
+
+def default_engines() -> list[str]:
+    """What is worth comparing here: on a GPU its runtimes, everywhere the processor's and the reference."""
+    from engines.gpu_probe import refusal
+
+    return [name for name in ("tensorrt", "compile") if refusal(name) is None] + ["openvino", "pytorch"]
+
+
+def size_of(text: str) -> Size:
+    """(width, height) of a text such as 640x480."""
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and 32 <= int(width) <= 8192 and 32 <= int(height) <= 8192):
+        raise ConfigError(f"--size {text}: give WIDTHxHEIGHT, such as 640x480; 32 to 8192 pixels a side")
+    return int(width), int(height)
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures come from."""
+    import importlib.metadata
+    import os
+    import platform
+
+    from engines.gpu_probe import nvidia_driver_present, probe
+    from engines.openvino_engine import usable_cores
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        processor = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        processor = platform.processor() or platform.machine()
+    return {
+        "processor": processor,
+        "cores": usable_cores(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "gpu": probe(False).gpu if nvidia_driver_present() else None,
+        "versions": {name: importlib.metadata.version(name) for name in ("dspfusion-rt", "torch", "openvino")},
+    }
+
+
+@contextmanager
+def rows_done(total: int) -> Iterator[Callable[[], None]]:
+    from pipeline.cli import progress
+
+    with progress("bench") as (start, advance):
+        start(total)
+        yield advance
+
+
+def table(rows: list[dict[str, Any]]) -> Any:
+    """The rows for people."""
+    from rich.table import Table
+
+    grid = Table()
+    for name in ("engine", "variant", "size", "what"):
+        grid.add_column(name)
+    for name in (*COLUMNS, "threads"):
+        grid.add_column(name, justify="right")
+    for row in rows:
+        figures = ["-" if row[name] is None else f"{row[name]:.1f}" for name in COLUMNS]
+        variant = row["variant"] + (" (random weights)" if row.get("weights") == "random" else "")
+        label = f"{row['engine']} {row['precision']}"
+        grid.add_row(label, variant, f"{row['width']}x{row['height']}", row["what"], *figures, str(row["threads"]))
+    return grid
+
+
+def comparison(entry: dict[str, Any]) -> str:
+    """A comparison as one line."""
+    (ours, first), *others = entry["contenders"].items()
+    told = [f"{name} {times['median_ms']:.1f} ms, {times['ratio']:.2f} times ours" for name, times in others]
+    return f"{entry['width']}x{entry['height']}, in turns: {ours} {first['median_ms']:.1f} ms; {'; '.join(told)}"
