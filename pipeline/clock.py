@@ -1,38 +1,272 @@
-"""The path of one camera's view, frame by frame: what both clocks are compared by."""
+"""How far the two cameras' clocks are apart while they run: watched in the background, applied when it is certain.
+
+Both cameras' motion is followed in one thread of its own, on what frames it gets; none is kept. Every few seconds the
+two paths of the last minutes are compared (calibration.time_offset). The result is always reported, and taken off the
+infrared capture times only when two estimates in a row are certain and agree, and then in steps of a millisecond a
+second, so that pairing never jumps. A rig that stands still gets no estimate, and nothing is changed.
+"""
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections import Counter, deque
+from typing import Any
+
 import numpy as np
 
-from calibration.ego_motion import EgoMotion
-from calibration.time_offset import MotionSignal
-from pipeline.frame import Frame
+from calibration.ego_motion import EgoMotion, Motion
+from calibration.time_offset import MotionSignal, NoSharedMotion, TimeOffset, estimate_offset
+from pipeline.frame import Camera, Frame
+from pipeline.handover import HandoverClosed, Latest
 from pipeline.shutter import Repeats
+
+log = logging.getLogger("dspfusion.clock")
+
+WINDOW_S = 240.0  # of motion that is kept
+FIRST_AFTER_S = 12.0  # of motion of both cameras
+EVERY_S = 5.0  # from estimate to estimate, and...
+EVERY_S_WHEN_SURE = 20.0
+WATCH_S, REST_S = 20.0, 40.0  # when it is sure, motion is followed a third of the time: 1 ms of work a frame
+REACH_S = 0.5  # farther apart no two live clocks are believed to be...
+REACH_S_WHEN_SURE = 0.1  # ...or to have moved since
+SURE_CONFIDENCE = 0.5
+SURE_SIGMA_MS = 4.0
+AGREE_MS = 3.0
+SLEW_MS_PER_S = 1.0
+STEP_MS = 60.0  # a camera whose frames suddenly come so much later or earlier than they were taken...
+STEP_FRAMES = 8  # ...so many times in a row has had its clock set
+WAITING_FRAMES = 16
 
 
 class MotionLog:
     """The path of one camera's view, frame by frame."""
 
-    def __init__(self) -> None:
+    def __init__(self, window_s: float | None = None) -> None:
         self._ego = EgoMotion()
         self._repeats = Repeats()
-        self._samples: list[tuple[float, float, float, bool]] = []
+        self._window_s = window_s
+        self._samples: deque[tuple[float, float, float, bool]] = deque()
         self._broken = False
         self.frames = 0
 
-    def add(self, frame: Frame) -> None:
+    def add(self, frame: Frame, offset_ms: float = 0.0) -> None:
         """Measures one frame. A picture that a closed shutter repeats shows an old moment, and says nothing."""
         self.frames += 1
         if frame.camera == "infrared" and self._repeats.add(frame.image):
             return
-        motion = self._ego.add(frame.image)
-        time_s = frame.captured_ns / 1e9
-        if not self._samples or time_s > self._samples[-1][0]:
-            self._samples.append((time_s, motion.x_px, motion.y_px, motion.broken or self._broken))
-            self._broken = False
-        else:
-            self._broken |= motion.broken
+        self.note(frame.captured_ns / 1e9 - offset_ms / 1e3, self._ego.add(frame.image))
 
-    def signal(self) -> MotionSignal:
+    def note(self, time_s: float, motion: Motion) -> None:
+        """Appends a motion that has been measured. Time that does not go forward is left out."""
+        samples = self._samples
+        self._broken |= motion.broken
+        if samples and time_s <= samples[-1][0]:
+            return
+        samples.append((time_s, motion.x_px, motion.y_px, self._broken))
+        self._broken = False
+        while self._window_s is not None and samples[0][0] < time_s - self._window_s:
+            samples.popleft()
+
+    def forget(self) -> None:
+        self._samples.clear()
+        self._broken = True
+
+    @property
+    def span_s(self) -> float:
+        return self._samples[-1][0] - self._samples[0][0] if self._samples else 0.0
+
+    @property
+    def newest_s(self) -> float | None:
+        return self._samples[-1][0] if self._samples else None
+
+    def signal(self, base_s: float = 0.0) -> MotionSignal:
+        """The path, with times counted from `base_s`."""
         samples = np.array([sample[:3] for sample in self._samples], np.float64).reshape(-1, 3)
-        return MotionSignal(samples[:, 0], samples[:, 1:], np.array([sample[3] for sample in self._samples], bool))
+        broken = np.array([sample[3] for sample in self._samples], bool)
+        return MotionSignal(samples[:, 0] - base_s, samples[:, 1:], broken)
+
+
+class OffsetTracker:
+    """Follows the offset between two running clocks. Without thread and clock: time is the visible capture time.
+
+    The offset is what is left after the configured one.
+    """
+
+    def __init__(self) -> None:
+        self.logs: dict[Camera, MotionLog] = {camera: MotionLog(WINDOW_S) for camera in ("infrared", "visible")}
+        self.latest: TimeOffset | None = None  # sure or not
+        self.applied_ms = 0.0
+        self.estimates = 0
+        self.refused: Counter[str] = Counter()
+        self.steps = 0  # clocks that were set
+        self._base_s = 0.0  # visible time 0 of `latest`
+        self._accepted: tuple[TimeOffset, float] | None = None  # with its time 0; one reference, read by two threads
+        self._next_s: float | None = None
+        self._slewed_s: float | None = None
+        self._delays: dict[Camera, deque[float]] = {camera: deque(maxlen=50) for camera in ("infrared", "visible")}
+        self._odd: Counter[Camera] = Counter()
+
+    @property
+    def sure(self) -> bool:
+        return self._accepted is not None
+
+    @property
+    def state(self) -> str:
+        """ "sure", "unsure", or why there is no estimate."""
+        if self.sure:
+            return "sure"
+        if self.latest is not None:
+            return "unsure"
+        return self.refused.most_common(1)[0][0] if self.refused else "waiting"
+
+    def came(self, camera: Camera, captured_s: float, arrived_s: float) -> None:
+        """Watches the time from capture to arrival: where it steps, a clock was set, and what was learnt is void."""
+        delay_ms, delays = (arrived_s - captured_s) * 1e3, self._delays[camera]
+        if len(delays) >= 10 and abs(delay_ms - float(np.median(delays))) > STEP_MS:
+            self._odd[camera] += 1
+            if self._odd[camera] < STEP_FRAMES:
+                return
+            delays.clear()
+            self._begin_anew()
+        self._odd[camera] = 0
+        delays.append(delay_ms)
+
+    def resting(self, now_s: float) -> bool:
+        """Whether motion need not be measured now."""
+        return self.sure and now_s % (WATCH_S + REST_S) >= WATCH_S
+
+    def due(self) -> bool:
+        """Whether there is enough that is new for an estimate."""
+        newest_s = self.logs["visible"].newest_s
+        if newest_s is None or min(one.span_s for one in self.logs.values()) < FIRST_AFTER_S:
+            return False
+        return self._next_s is None or newest_s >= self._next_s
+
+    def estimate(self) -> None:
+        """Compares both paths."""
+        newest_s = self.logs["visible"].newest_s
+        assert newest_s is not None
+        self._next_s = newest_s + (EVERY_S_WHEN_SURE if self.sure else EVERY_S)
+        base_s = newest_s - WINDOW_S
+        reach_s, about_ms = REACH_S, 0.0
+        if self.sure:
+            reach_s, about_ms = REACH_S_WHEN_SURE, self.target_ms(newest_s)
+        try:
+            found = estimate_offset(*(self.logs[one].signal(base_s) for one in self.logs), reach_s, about_ms)
+        except NoSharedMotion as refusal:
+            self.refused[refusal.reason] += 1
+            return
+        self.estimates += 1
+        before, before_base_s = self.latest, self._base_s
+        self.latest, self._base_s = found, base_s
+        certain = found.confidence >= SURE_CONFIDENCE and found.middle_sigma_ms <= SURE_SIGMA_MS
+        if not certain or before is None:
+            return
+        apart_ms = abs(_at(found, newest_s - base_s) - _at(before, newest_s - before_base_s))
+        if apart_ms <= max(AGREE_MS, 2 * found.middle_sigma_ms):
+            self._accepted = found, base_s
+
+    def target_ms(self, now_s: float) -> float:
+        """What the accepted estimate says for a moment; 0 without one."""
+        accepted = self._accepted
+        return 0.0 if accepted is None else _at(accepted[0], now_s - accepted[1])
+
+    def slew(self, now_s: float) -> float:
+        """By how many milliseconds to change what is taken off the infrared capture times, now."""
+        passed_s = 0.0 if self._slewed_s is None else now_s - self._slewed_s
+        self._slewed_s = now_s
+        if not self.sure or not 0 < passed_s < 10:
+            return 0.0
+        limit_ms = SLEW_MS_PER_S * passed_s
+        change_ms = float(np.clip(self.target_ms(now_s) - self.applied_ms, -limit_ms, limit_ms))
+        self.applied_ms += change_ms
+        return change_ms
+
+    def report(self) -> dict[str, Any]:
+        found = self.latest
+        return {
+            "state": self.state,
+            "offset_ms": None if found is None else round(found.middle_offset_ms, 3),
+            "sigma_ms": None if found is None else round(found.middle_sigma_ms, 3),
+            "drift_ppm": None if found is None else round(found.drift_ppm, 2),
+            "drift_sigma_ppm": None if found is None else round(found.drift_sigma_ppm, 2),
+            "confidence": 0.0 if found is None else found.confidence,
+            "applied_ms": round(self.applied_ms, 3),
+            "estimates": self.estimates,
+            "refused": dict(self.refused),
+            "clock_steps": self.steps,
+        }
+
+    def _begin_anew(self) -> None:
+        self.steps += 1
+        self.latest = self._accepted = self._next_s = None
+        for one in self.logs.values():
+            one.forget()
+
+
+def _at(offset: TimeOffset, visible_s: float) -> float:
+    """The offset at a moment; a drift that may as well be none is taken for none."""
+    if abs(offset.drift_ppm) < 2 * offset.drift_sigma_ppm:
+        return offset.middle_offset_ms
+    return offset.at(visible_s)
+
+
+class ClockWatch:
+    """Runs an OffsetTracker in a thread of its own.
+
+    Args:
+        infrared_offset_ms, visible_offset_ms: what is taken off the capture times anyway.
+    """
+
+    def __init__(self, infrared_offset_ms: float = 0.0, visible_offset_ms: float = 0.0) -> None:
+        self._configured_ms: dict[Camera, float] = {"infrared": infrared_offset_ms, "visible": visible_offset_ms}
+        self._tracker = OffsetTracker()
+        self._waiting: Latest[Frame] = Latest(WAITING_FRAMES)
+        self._logged_sure = False
+        self._thread = threading.Thread(target=self._run, name="clock-watch", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def offer(self, frame: Frame) -> None:
+        """Takes a look at a frame, soon. Never waits; what the thread cannot keep up with is left out."""
+        if self._thread.is_alive():
+            self._waiting.put(frame)
+
+    def slew(self, now_ns: int) -> float:
+        """By how many milliseconds to change what is taken off the infrared capture times, now."""
+        return self._tracker.slew(now_ns / 1e9)
+
+    def report(self) -> dict[str, Any]:
+        return self._tracker.report()
+
+    def close(self) -> None:
+        self._waiting.close()
+        if self._thread.ident is not None:
+            self._thread.join(1.0)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._look_at(self._waiting.take())
+        except HandoverClosed:
+            return
+        except Exception:  # fusion goes on without it, and the report shows that the estimates have ended
+            log.exception("the clock offset is no longer watched")
+
+    def _look_at(self, frame: Frame) -> None:
+        tracker, camera = self._tracker, frame.camera
+        now_s = frame.captured_ns / 1e9
+        tracker.came(camera, now_s, frame.arrived_ns / 1e9)
+        if tracker.resting(now_s):
+            return
+        tracker.logs[camera].add(frame, self._configured_ms[camera])
+        if not tracker.due():
+            return
+        tracker.estimate()
+        if tracker.sure != self._logged_sure:
+            self._logged_sure = tracker.sure
+            offset_ms = tracker.target_ms(now_s)
+            text = f"is {offset_ms:+.1f} ms" if tracker.sure else "is no longer known"
+            log.info("the offset of the infrared clock %s", text)

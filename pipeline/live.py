@@ -23,6 +23,7 @@ import numpy as np
 from engines.base import EngineError, FusionEngine, fallbacks_of
 from engines.selection import create_engine
 from pipeline.capture import RECYCLE_S, Capture
+from pipeline.clock import ClockWatch
 from pipeline.config import EngineConfig, RigConfig, Source, SyncConfig
 from pipeline.errors import SourceError
 from pipeline.frame import AlignedPair, Camera, Frame, FramePair, FusedFrame
@@ -120,7 +121,11 @@ class LivePipeline:
         self._on_fused = on_fused
         self._gain = InfraredGain(config.gain)
         self._register = Register(config.registration, self._gain)
-        self._sync = Sync(with_rig_offset(config.sync, self._register))
+        sync = with_rig_offset(config.sync, self._register)
+        self._sync = Sync(sync)
+        self._clock: ClockWatch | None = None
+        if config.sync.track_offset:
+            self._clock = ClockWatch(sync.infrared_offset_ms, sync.visible_offset_ms)
         self._inbox = Inbox()
         self._waiting: deque[FramePair] = deque()
         self._ledger = FrameLedger(self.telemetry)
@@ -162,6 +167,8 @@ class LivePipeline:
         """Runs until `stop`, the end of both recordings, or `duration_s`, and returns the report."""
         self._started_ns = time.monotonic_ns()
         self._warm_up()
+        if self._clock is not None:
+            self._clock.start()
         deadline = None if duration_s is None else time.monotonic() + duration_s
         for capture in self._captures.values():
             capture.start()
@@ -189,6 +196,7 @@ class LivePipeline:
                 "steps": self.config.engine.diffusion_steps,
             },
             registration={"state": "calibrated" if self._register.calibrated else "uncalibrated"},
+            clock=self._clock.report() if self._clock is not None else {"state": "off"},
             cameras={camera: self._captures[camera].counters() for camera in CAMERAS},
             start_up_ms=round((self._first_fused_ns - self._started_ns) / 1e6, 1) if self._first_fused_ns else None,
         )
@@ -211,7 +219,11 @@ class LivePipeline:
     def _turn(self) -> None:
         """One turn of the flow: what came in, what is due, and one picture at the most."""
         for frame in self._inbox.take(self._patience_s()):
+            if self._clock is not None:
+                self._clock.offer(frame)
             self._sync.add(frame, time.monotonic_ns())
+        if self._clock is not None:
+            self._sync.shift_infrared(self._clock.slew(time.monotonic_ns()))
         self._waiting.extend(self._sync.poll(time.monotonic_ns()))
         while len(self._waiting) > WAITING_PAIRS:
             self._drop(self._waiting.popleft(), "overload")
@@ -263,6 +275,8 @@ class LivePipeline:
         }
         for stage, milliseconds in times.items():
             self.telemetry.stage(stage, milliseconds)
+        for step, milliseconds in step_times(aligned).items():
+            self.telemetry.stage(step, milliseconds)
         fused = replace(fused, latency_ms=times)
         self._ledger.settle(pair, None)
         self.telemetry.fused_frame(fused.mode, now)
@@ -339,6 +353,8 @@ class LivePipeline:
         for pair in [*self._waiting, *self._sync.flush()]:
             self._drop(pair, "stopping")
         self._fuse.close()
+        if self._clock is not None:
+            self._clock.close()
         self._publisher.close()
         if self._video is not None:
             self._video.close()
@@ -370,6 +386,12 @@ def expected_size(config: RigConfig, register: Register) -> tuple[int, int] | No
         return register.rig.visible.size
     width, height = getattr(config.visible, "width", None), getattr(config.visible, "height", None)
     return (width, height) if width and height else None
+
+
+def step_times(aligned: AlignedPair) -> dict[str, float]:
+    """Milliseconds that each step of the infrared conditioning took; a held frame was conditioned before."""
+    times_ms: dict[str, float] = {} if aligned.pair.mode == "held" else aligned.gain.get("times_ms", {})
+    return {f"infrared_{step}": milliseconds for step, milliseconds in times_ms.items()}
 
 
 def recycle_s(source: Source) -> float:

@@ -25,7 +25,7 @@ from pipeline.errors import SourceEnded, SourceError
 from pipeline.frame import Camera, Frame, FusedFrame
 from pipeline.fuse import Fuse
 from pipeline.gain import InfraredGain
-from pipeline.live import FrameLedger, describe_engine, engine_for, with_rig_offset
+from pipeline.live import FrameLedger, describe_engine, engine_for, step_times, with_rig_offset
 from pipeline.publish import PublishContext, Publisher
 from pipeline.record import VideoFile
 from pipeline.recording import probe, refuse_unlikely
@@ -115,6 +115,8 @@ def replay(
             fused = replace(fused, latency_ms=times)
             for stage, milliseconds in times.items():
                 telemetry.stage(stage, milliseconds)
+            for step, milliseconds in step_times(aligned).items():
+                telemetry.stage(step, milliseconds)
             ledger.settle(pair, None)
             telemetry.fused_frame(fused.mode, time.monotonic_ns())
             if video is not None:

@@ -461,7 +461,7 @@ def pair_recordings(
 
     Args:
         infrared, visible: frames in the order of their capture time, with time 0 in common.
-        config: offsets, skew and hold; the wait does not apply.
+        config: offsets, drift, skew and hold; the wait does not apply.
         account: counts what became of every frame, if given.
     """
     return _Recordings(infrared, visible, config or SyncConfig(), account or Account()).pairs()
@@ -476,7 +476,8 @@ class _Recordings:
         self._hold_ns = round(config.hold_ms * 1e6)
         self._repeats = Repeats()
         self._rhythm: dict[Camera, _Rhythm] = {"infrared": _Rhythm(), "visible": _Rhythm()}
-        self._infrared = self._ordered("infrared", infrared, round(config.infrared_offset_ms * 1e6))
+        rate = 1 + config.infrared_drift_ppm * 1e-6
+        self._infrared = self._ordered("infrared", infrared, round(config.infrared_offset_ms * 1e6), rate)
         self._visible = self._ordered("visible", visible, round(config.visible_offset_ms * 1e6))
 
     def pairs(self) -> Iterator[FramePair]:
@@ -497,12 +498,14 @@ class _Recordings:
             self._forget(before, len(before) - 1, "superseded")
         self._forget(before, len(before), "superseded")
 
-    def _ordered(self, camera: Camera, frames: Iterable[Frame], offset_ns: int) -> Iterator[_Candidate]:
+    def _ordered(
+        self, camera: Camera, frames: Iterable[Frame], offset_ns: int, rate: float = 1.0
+    ) -> Iterator[_Candidate]:
         newest_ns: int | None = None
         for frame in frames:
             self._account.captured[camera] += 1
-            if offset_ns:
-                frame = replace(frame, captured_ns=frame.captured_ns - offset_ns)
+            if offset_ns or rate != 1:
+                frame = replace(frame, captured_ns=round((frame.captured_ns - offset_ns) / rate))
             if newest_ns is not None and frame.captured_ns <= newest_ns:
                 self._account.drop(camera, "out_of_order")
                 continue
