@@ -152,7 +152,7 @@ def measure(infrared: np.ndarray, visible: np.ndarray, weight: np.ndarray | None
 
 def survey(infrared: np.ndarray, visible: np.ndarray, weight: np.ndarray | None = None) -> Survey:
     """Compares one pair; looks far only if nothing is found near. Arguments as of `correlate`."""
-    thumbnail = _thumbnail(visible)
+    thumbnail = thumbnail_of(visible)
     surfaces = correlate(infrared, visible, weight)
     near = fit([surfaces])
     if near.informative:
@@ -230,7 +230,8 @@ def scene_difference(thumbnail: np.ndarray, other: np.ndarray) -> float:
     return float(cv2.mean(cv2.absdiff(thumbnail, other))[0])
 
 
-def _thumbnail(visible: np.ndarray) -> np.ndarray:
+def thumbnail_of(visible: np.ndarray) -> np.ndarray:
+    """A small grey copy that tells scenes apart."""
     small = cv2.resize(visible, THUMBNAIL, interpolation=cv2.INTER_AREA)
     return np.asarray(small if small.ndim == 2 else cv2.cvtColor(small, cv2.COLOR_RGB2GRAY))
 
@@ -258,9 +259,8 @@ def correlate(
             f"{visible.shape[1]}x{visible.shape[0]}: bring infrared onto the visible pixels first"
         )
     height, width = visible.shape
-    scale = min(1.0, float(np.sqrt(WORKING_PIXELS / (width * height))))
-    working = (round(width * scale), round(height * scale))
-    if min(working) < WINDOW:
+    working = _working_size((width, height))
+    if not comparable((width, height)):
         raise CalibrationError(f"pictures of {width}x{height} are too small or too narrow to be compared")
     inside = None if weight is None else _inside(weight, working)
     fields = [edge_field(_shrunk(picture, working)) for picture in (infrared, visible)]
@@ -274,6 +274,16 @@ def correlate(
                 [_surfaces(half[0], half[1], start, (width, height))], sigma=COLD_SIGMA, rolls=WIDE_ROLLS
             ).parameters
     return _surfaces(fields[0], fields[1], start, (width, height))
+
+
+def comparable(size: tuple[int, int]) -> bool:
+    """Whether pictures of a size (width, height) hold at least one block."""
+    return min(_working_size(size)) >= WINDOW
+
+
+def _working_size(size: tuple[int, int]) -> tuple[int, int]:
+    scale = min(1.0, float(np.sqrt(WORKING_PIXELS / (size[0] * size[1]))))
+    return round(size[0] * scale), round(size[1] * scale)
 
 
 def edge_field(picture: np.ndarray) -> np.ndarray:

@@ -120,7 +120,7 @@ class LivePipeline:
         self._stop = Event()
         self._on_fused = on_fused
         self._gain = InfraredGain(config.gain)
-        self._register = Register(config.registration, self._gain)
+        self._register = Register(config.registration, self._gain, background=True)
         sync = with_rig_offset(config.sync, self._register)
         self._sync = Sync(sync)
         self._clock: ClockWatch | None = None
@@ -195,7 +195,7 @@ class LivePipeline:
                 "failures": self._fuse.keeper.failures,
                 "steps": self.config.engine.diffusion_steps,
             },
-            registration={"state": "calibrated" if self._register.calibrated else "uncalibrated"},
+            registration=self._register.report(),
             clock=self._clock.report() if self._clock is not None else {"state": "off"},
             cameras={camera: self._captures[camera].counters() for camera in CAMERAS},
             start_up_ms=round((self._first_fused_ns - self._started_ns) / 1e6, 1) if self._first_fused_ns else None,
@@ -340,6 +340,7 @@ class LivePipeline:
             "cameras": {camera: capture.counters() for camera, capture in self._captures.items()},
             "fused": self.telemetry.fused,
             "fps": self.telemetry.fps(),
+            "registration": self._register.report(),
             "fallbacks": list(self.telemetry.fallbacks),
         }
 
@@ -352,6 +353,7 @@ class LivePipeline:
             self._sync.add(frame, time.monotonic_ns())
         for pair in [*self._waiting, *self._sync.flush()]:
             self._drop(pair, "stopping")
+        self._register.close()
         self._fuse.close()
         if self._clock is not None:
             self._clock.close()

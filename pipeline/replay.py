@@ -44,6 +44,7 @@ class ReplayConfig:
     infrared: str
     visible: str
     calibration: str | None = None
+    refine: bool = True  # in step, so that equal input gives equal output
     rate_hz: float | None = None  # None: as fast as the machine can
     output: str | None = None
     publish: PublishConfig | None = None
@@ -82,7 +83,8 @@ def replay(
         video = VideoFile(config.output, rate_hz) if config.output else None
         if video is not None:
             stack.callback(video.discard)  # does nothing to a file that was closed in order
-        register = Register(RegistrationConfig(calibration=config.calibration), InfraredGain(config.gain))
+        registration = RegistrationConfig(calibration=config.calibration, refine=config.refine)
+        register = Register(registration, InfraredGain(config.gain))
         publisher = Publisher(
             config.publish or PublishConfig(endpoint=""),
             config.rig,
@@ -135,7 +137,7 @@ def replay(
             {"infrared": account.captured["infrared"], "visible": account.captured["visible"]},
             engine=describe_engine(engine),
             priors={"updates": fuse.keeper.updates, "steps": config.engine.diffusion_steps},
-            registration={"state": "calibrated" if register.calibrated else "uncalibrated"},
+            registration=register.report(),
         )
 
 
