@@ -2,8 +2,8 @@
 
 Both cameras' motion is followed in one thread of its own, on what frames it gets; none is kept. Every few seconds the
 two paths of the last minutes are compared (calibration.time_offset). The result is always reported, and taken off the
-infrared capture times only when two estimates in a row are certain and agree, and then in steps of a millisecond a
-second, so that pairing never jumps. A rig that stands still gets no estimate, and nothing is changed.
+infrared capture times only when two estimates in a row are certain and agree, and then by a millisecond a
+second, so that pairing does not jump. A rig that stands still gets no estimate, and nothing is changed.
 """
 
 from __future__ import annotations
@@ -34,8 +34,11 @@ SURE_CONFIDENCE = 0.5
 SURE_SIGMA_MS = 4.0
 AGREE_MS = 3.0
 SLEW_MS_PER_S = 1.0
-STEP_MS = 60.0  # a camera whose frames suddenly come so much later or earlier than they were taken...
-STEP_FRAMES = 8  # ...so many times in a row has had its clock set
+SNAP_MS = 50.0  # so far off, pairing is broken anyway, and is mended at once
+EARLY_MS = 60.0  # frames that come so much sooner after their capture than any before: that clock was set forward
+LATE_MS = 300.0  # so much later, without exception, for LATE_FRAMES: it was set back; a busy machine is late at times
+LATE_FRAMES = 75
+FAILURES = 3  # estimates in a row that fail or contradict what is applied: begin anew
 WAITING_FRAMES = 16
 
 
@@ -104,8 +107,9 @@ class OffsetTracker:
         self._accepted: tuple[TimeOffset, float] | None = None  # with its time 0; one reference, read by two threads
         self._next_s: float | None = None
         self._slewed_s: float | None = None
-        self._delays: dict[Camera, deque[float]] = {camera: deque(maxlen=50) for camera in ("infrared", "visible")}
-        self._odd: Counter[Camera] = Counter()
+        self._delays_ms: dict[Camera, deque[float]] = {camera: deque() for camera in ("infrared", "visible")}
+        self._least_ms: dict[Camera, float] = {}
+        self._failures = 0
 
     @property
     def sure(self) -> bool:
@@ -121,16 +125,20 @@ class OffsetTracker:
         return self.refused.most_common(1)[0][0] if self.refused else "waiting"
 
     def came(self, camera: Camera, captured_s: float, arrived_s: float) -> None:
-        """Watches the time from capture to arrival: where it steps, a clock was set, and what was learnt is void."""
-        delay_ms, delays = (arrived_s - captured_s) * 1e3, self._delays[camera]
-        if len(delays) >= 10 and abs(delay_ms - float(np.median(delays))) > STEP_MS:
-            self._odd[camera] += 1
-            if self._odd[camera] < STEP_FRAMES:
-                return
-            delays.clear()
-            self._begin_anew()
-        self._odd[camera] = 0
+        """Watches the time from capture to arrival: where its minimum steps, a clock was set, and the past is void."""
+        delay_ms, delays = (arrived_s - captured_s) * 1e3, self._delays_ms[camera]
         delays.append(delay_ms)
+        if len(delays) < LATE_FRAMES:
+            return
+        delays.popleft()
+        least_ms, before_ms = min(delays), self._least_ms.setdefault(camera, min(delays))
+        if delay_ms < before_ms - EARLY_MS or least_ms > before_ms + LATE_MS:
+            delays.clear()
+            del self._least_ms[camera]
+            self.steps += 1
+            self._begin_anew()
+        else:
+            self._least_ms[camera] = min(before_ms, least_ms) + 1e-3 * max(0.0, least_ms - before_ms)
 
     def resting(self, now_s: float) -> bool:
         """Whether motion need not be measured now."""
@@ -149,23 +157,29 @@ class OffsetTracker:
         assert newest_s is not None
         self._next_s = newest_s + (EVERY_S_WHEN_SURE if self.sure else EVERY_S)
         base_s = newest_s - WINDOW_S
-        reach_s, about_ms = REACH_S, 0.0
+        reach_s, about_ms = REACH_S, self.applied_ms
         if self.sure:
             reach_s, about_ms = REACH_S_WHEN_SURE, self.target_ms(newest_s)
+        infrared, visible = (self.logs[camera].signal(base_s) for camera in ("infrared", "visible"))
         try:
-            found = estimate_offset(*(self.logs[one].signal(base_s) for one in self.logs), reach_s, about_ms)
+            found = estimate_offset(infrared, visible, reach_s, about_ms)
         except NoSharedMotion as refusal:
             self.refused[refusal.reason] += 1
+            if refusal.reason not in ("no_motion", "too_short", "blind"):
+                self._contradicted()
             return
         self.estimates += 1
         before, before_base_s = self.latest, self._base_s
         self.latest, self._base_s = found, base_s
         certain = found.confidence >= SURE_CONFIDENCE and found.middle_sigma_ms <= SURE_SIGMA_MS
         if not certain or before is None:
+            self._contradicted()
             return
         apart_ms = abs(_at(found, newest_s - base_s) - _at(before, newest_s - before_base_s))
         if apart_ms <= max(AGREE_MS, 2 * found.middle_sigma_ms):
-            self._accepted = found, base_s
+            self._accepted, self._failures = (found, base_s), 0
+        else:
+            self._contradicted()
 
     def target_ms(self, now_s: float) -> float:
         """What the accepted estimate says for a moment; 0 without one."""
@@ -178,8 +192,9 @@ class OffsetTracker:
         self._slewed_s = now_s
         if not self.sure or not 0 < passed_s < 10:
             return 0.0
-        limit_ms = SLEW_MS_PER_S * passed_s
-        change_ms = float(np.clip(self.target_ms(now_s) - self.applied_ms, -limit_ms, limit_ms))
+        change_ms, limit_ms = self.target_ms(now_s) - self.applied_ms, SLEW_MS_PER_S * passed_s
+        if abs(change_ms) < SNAP_MS:
+            change_ms = float(np.clip(change_ms, -limit_ms, limit_ms))
         self.applied_ms += change_ms
         return change_ms
 
@@ -198,8 +213,14 @@ class OffsetTracker:
             "clock_steps": self.steps,
         }
 
+    def _contradicted(self) -> None:
+        """What is applied may be wrong by now; motion from before a clock was set must not go on to spoil the fit."""
+        self._failures += 1
+        if self.sure and self._failures >= FAILURES:
+            self._begin_anew()
+
     def _begin_anew(self) -> None:
-        self.steps += 1
+        self._failures = 0
         self.latest = self._accepted = self._next_s = None
         for one in self.logs.values():
             one.forget()
