@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,10 @@ def test_viewer_and_client_know_messages_only():
         for name in imports_of(file):
             if name.split(".")[0] in ALLOWED:
                 assert any(name == ok or name.startswith(ok + ".") for ok in allowed), f"{file.name} imports {name}"
+
+
+def test_every_package_is_installed():
+    """They are stated in pyproject.toml, so a new folder is easily forgotten; an editable install hides that."""
+    stated = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {file.parent for package in (*ALLOWED, "configs") for file in files_of(package)}
+    assert sorted(stated) == sorted(".".join(folder.relative_to(ROOT).parts) for folder in folders)
