@@ -49,7 +49,7 @@ class Problem:
     views: tuple[View, ...]
     sizes: dict[str, tuple[int, int]]
     lenses: dict[str, str]  # name of the lens model, by camera
-    sigma_px: dict[str, float] = field(default_factory=lambda: {"visible": 1.0, "infrared": 1.0})  # of a coordinate
+    sigma_px: dict[str, float] = field(default_factory=lambda: {"visible": 0.3, "infrared": 0.3})  # of a coordinate
     fixed_lenses: bool = False  # only the rig's pose and the views' are free
 
 
@@ -70,6 +70,7 @@ class Adjusted:
     basis: np.ndarray  # (24, P): free parameters -> shared ones
     reduced: np.ndarray  # (V, P, P): what each view says about the free parameters
     gradient: np.ndarray  # (V, P)
+    prior: tuple[np.ndarray, np.ndarray]  # (P, P) and (P,): the same of what was known before
 
 
 def adjust(problem: Problem, start: State, max_steps: int = MAX_STEPS) -> Adjusted:
@@ -97,16 +98,21 @@ def adjust(problem: Problem, start: State, max_steps: int = MAX_STEPS) -> Adjust
         if gained < 1e-7:
             break
     reduced, gradient = blocks.reduced()
-    return Adjusted(state, blocks.residuals, basis, reduced, gradient)
+    return Adjusted(state, blocks.residuals, basis, reduced, gradient, blocks.prior)
 
+
+# What is known of lenses before any view: standard deviations of the centre (share of the picture's width, about its
+# middle) and of k1 k2 p1 p2 k3 (about 0). Weak: with views enough to calibrate from they change nothing.
+PRIOR_CENTRE = 0.025
+PRIOR_DISTORTION = (0.5, 0.5, 0.003, 0.003, 0.5)
 
 UNDETERMINED = "the views do not determine the lenses: show the board tilted, near and far, and in all corners"
 
 
 def resampled(result: Adjusted, weights: np.ndarray) -> np.ndarray:
     """The shared parameters (24,) if the views counted `weights` (V,) times each: one step from the best fit."""
-    matrix = np.einsum("v,vij->ij", weights, result.reduced)
-    vector = weights @ result.gradient
+    matrix = np.einsum("v,vij->ij", weights, result.reduced) + result.prior[0]
+    vector = weights @ result.gradient + result.prior[1]
     scale = np.sqrt(np.maximum(np.diag(matrix), 1e-30))
     solved = np.linalg.lstsq(matrix / np.outer(scale, scale), vector / scale, rcond=1e-12)[0] / scale
     return result.state.shared + result.basis @ solved
@@ -114,7 +120,7 @@ def resampled(result: Adjusted, weights: np.ndarray) -> np.ndarray:
 
 def covariance(result: Adjusted) -> np.ndarray:
     """(24, 24) of the shared parameters, for residuals as large as they are."""
-    matrix = result.reduced.sum(axis=0)
+    matrix = result.reduced.sum(axis=0) + result.prior[0]
     scale = np.sqrt(np.maximum(np.diag(matrix), 1e-30))
     inverse = np.linalg.pinv(matrix / np.outer(scale, scale), rcond=1e-12) / np.outer(scale, scale)
     return result.basis @ inverse @ result.basis.T
@@ -181,6 +187,18 @@ def _basis(problem: Problem) -> np.ndarray:
     return np.stack(columns, axis=1)
 
 
+def _before(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    """(24,) what is expected of the shared parameters, and (24,) how firmly: one over the variance."""
+    mean, information = np.zeros(SHARED), np.zeros(SHARED)
+    for index, camera in enumerate(CAMERAS):
+        width, height = problem.sizes[camera]
+        at = index * PER_CAMERA
+        mean[at + 2 : at + 4] = (width - 1) / 2, (height - 1) / 2
+        information[at + 2 : at + 4] = 1 / (PRIOR_CENTRE * width) ** 2
+        information[at + 4 : at + 9] = 1 / np.square(PRIOR_DISTORTION)
+    return mean, information
+
+
 class _Blocks:
     """The normal equations at one state."""
 
@@ -193,6 +211,9 @@ class _Blocks:
         self.pose_right = np.zeros((count, 6))
         self.cost = 0.0
         self.residuals: list[dict[str, np.ndarray]] = []
+        mean, information = _before(problem)
+        self.prior = basis.T @ (information[:, None] * basis), basis.T @ (information * (mean - state.shared))
+        self.cost += float((information * (mean - state.shared) ** 2).sum())
         for index, view in enumerate(problem.views):
             self.residuals.append({})
             for camera, points in view.points.items():
@@ -245,10 +266,10 @@ class _Blocks:
 
     def step(self, state: State, basis: np.ndarray, damping: float) -> State:
         matrices, rights = self.reduced(damping)
-        matrix = matrices.sum(axis=0)
+        matrix = matrices.sum(axis=0) + self.prior[0]
         matrix = matrix + np.diag(np.diag(self.shared_shared.sum(axis=0)) * damping)
         scale = np.sqrt(np.maximum(np.diag(matrix), 1e-30))
-        moved = np.linalg.solve(matrix / np.outer(scale, scale), rights.sum(axis=0) / scale) / scale
+        moved = np.linalg.solve(matrix / np.outer(scale, scale), (rights.sum(axis=0) + self.prior[1]) / scale) / scale
         pose_right = self.pose_right - np.einsum("vji,j->vi", self.shared_pose, moved)
         poses = np.linalg.solve(self._damped(damping), pose_right[..., None])[..., 0]
         return State(state.shared + basis @ moved, state.poses + poses)

@@ -158,7 +158,7 @@ def _which_is_infrared(described: list[str], areas_px: list[int]) -> int:
     if max(areas_px) > 1.5 * min(areas_px):
         return areas_px.index(min(areas_px))  # a wrong guess is refused when the pictures come, by their sizes
     raise CalibrationError(
-        "it cannot be told which camera is the infrared one: write 'thermal' into its rostopic, camera_name or file name"
+        "it cannot be told which camera is the infrared one: write 'thermal' into its rostopic, camera_name or file"
     )
 
 

@@ -135,8 +135,8 @@ def solve_plane(detections: Detections) -> PlaneSolution:
     width, height = detections.sizes["infrared"]
     if spread["rms"] > 0.05 * max(width, height):
         raise CalibrationError(
-            f"one homography leaves {spread['rms']:.0f} px: the board was at different distances, or the pictures do not "
-            "belong together: hold it at the distance that matters, or take more views and solve for the lenses"
+            f"one homography leaves {spread['rms']:.0f} px: the board was at different distances, or the pictures do "
+            "not belong together: hold it at the distance that matters, or take more views and solve for the lenses"
         )
     warnings = ["a homography is right at the board's distance only, and takes no lens distortion into account"]
     if len(pairs) == 1:

@@ -163,8 +163,8 @@ def _map_error(content: Content) -> str:
     names = [distance_name(distance) for distance in DISTANCES_M if distance_name(distance) in sigma]
     values = [float(sigma[name]) for name in names]
     return (
-        "<h2>Predicted error of the map</h2><p>How far an infrared pixel may be from its place for things at a distance: "
-        "views drawn again, and what the residuals imply, whichever is more.</p>"
+        "<h2>Predicted error of the map</h2><p>How far an infrared pixel may be from its place for things at a "
+        "distance: views drawn again, and what the residuals imply, whichever is more.</p>"
         + _table(("distance", *names), [("infrared pixels, rms", *(f"{value:.3f}" for value in values))])
         + _bars(names, values, "px", 420)
     )
@@ -177,8 +177,8 @@ def _parallax(rig: Rig) -> str:
         name = distance_name(plane) + (" (this rig)" if plane == rig.plane_distance_m else "")
         rows.append((name, *(_marked(value) for value in row.values())))
     return (
-        "<h2>Parallax of this rig</h2><p>Visible pixels by which things at a distance (columns) are off when the pictures "
-        "are made to coincide at another (rows). No single map can do better near by; above 2 px is marked.</p>"
+        "<h2>Parallax of this rig</h2><p>Visible pixels by which things at a distance (columns) are off when the "
+        "pictures are made to coincide at another (rows). No single map does better near by; above 2 px is marked.</p>"
         + _table(("coincide at", *(distance_name(distance) for distance in PARALLAX_M)), rows, raw=True)
     )
 
@@ -234,8 +234,8 @@ def _vectors(shown: list[tuple[BoardView, dict[str, np.ndarray]]], camera: str, 
     )
     height = size[1] * scale
     return (
-        f"<svg width='{PLOT_PX}' height='{height + 16:.0f}'><rect width='{PLOT_PX}' height='{height:.0f}' fill='#f7fafc' "
-        f"stroke='#cbd5e0'/><g stroke='{COLOURS[camera]}' stroke-width='1' fill='none'>{lines}</g>"
+        f"<svg width='{PLOT_PX}' height='{height + 16:.0f}'><rect width='{PLOT_PX}' height='{height:.0f}' "
+        f"fill='#f7fafc' stroke='#cbd5e0'/><g stroke='{COLOURS[camera]}' stroke-width='1' fill='none'>{lines}</g>"
         f"<text x='4' y='{height + 13:.0f}'>drawn {stretch:g} times as long; median {typical:.3f} px</text></svg>"
     )
 

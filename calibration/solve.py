@@ -1,9 +1,9 @@
 """From views of a board to the rig, with what is known about its error.
 
-The steps: the lens of each camera on its own, with the stiffest lens model that explains views it was not fitted to; which
-way round each camera numbered the board; the pose between the cameras with the lenses fixed; views that fit neither
-left out; then all of it adjusted together where that predicts left-out views better. Residuals say little (they are as
-small with 8 views as with 60, measured), so the result carries two other numbers: how far off the infrared points of
+The steps: the lens of each camera on its own, with the lens model that explains views best that it was not fitted to;
+which way round each camera numbered the board; the pose between the cameras with the lenses fixed; views that do not
+fit left out; then all of it adjusted together where that predicts left-out views better. Residuals say little (they are
+as small with 8 views as with 60, measured), so the result carries two other numbers: how far off the infrared points of
 left-out views are when predicted from the visible ones, and how much the map moves when the views are drawn again.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 from calibration import bundle
 from calibration.bundle import LENS_MODELS, Adjusted, Problem, State, View
 from calibration.rig import CalibrationError, Rig
-from calibration.targets import Board
+from calibration.targets import Board, Detection, Refusal
 from calibration.views import BoardView, Detections, choose, coverage
 
 CAMERAS = bundle.CAMERAS
@@ -33,6 +33,7 @@ PARALLAX_M = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, math.inf)
 OUTLIER_FACTOR = 3.0  # times the median rms of the views
 OUTLIER_FLOOR_PX = 0.35
 MAX_OUTLIER_SHARE = 0.3
+UNSTEADY_FACTOR, UNSTEADY_PX = 4.0, 2.0  # error of the pair against that of each camera alone
 AGREE_DEG = 4.0  # poses between the cameras, from one view each
 MAX_FOCAL_SIGMA = 0.05  # relative; beyond, the views do not determine the lens
 MAX_MAP_SIGMA_PX = 8.0
@@ -105,15 +106,16 @@ def solve(
     _refuse_too_few(views, detections)
     problem = _problem(views, detections, board)
     tell("lenses")
-    lenses, models = {}, {}
+    lenses, models, alone_px = {}, {}, {}
     for camera in CAMERAS:
-        models[camera], lenses[camera] = _lens_of(camera, problem)
+        models[camera], lenses[camera], alone_px[camera] = _lens_of(camera, problem)
     tell("pose")
     ordered, pose, outliers = _ordered(problem, lenses, board, detections)
     problem = replace(ordered, lenses=models)
     tell("outliers")
     problem, result, more = _without_outliers(problem, lenses, pose)
     outliers += more
+    _refuse_moving(result, alone_px)
     tell("held-out views")
     result, heldout, method = _best_of_both(problem, result)
     tell("bootstrap")
@@ -158,8 +160,8 @@ def _refuse_too_few(views: list[BoardView], detections: Detections) -> None:
     why = f" ({moving} more were moving)" if moving else ""
     raise CalibrationError(
         f"both cameras see the board in {pairs} of {len(detections.views)} views{why} (infrared in {seen['infrared']}, "
-        f"visible in {seen['visible']}), {LEAST_PAIRS} are the least and {ADVISED_PAIRS} are advised: take more views, or "
-        "give --homography for a map without lenses"
+        f"visible in {seen['visible']}), {LEAST_PAIRS} are the least and {ADVISED_PAIRS} are advised: take more views, "
+        "or give --homography for a map without lenses"
     )
 
 
@@ -175,8 +177,8 @@ def _problem(views: list[BoardView], detections: Detections, board: Board) -> Pr
 # --- one lens ---
 
 
-def _lens_of(camera: str, problem: Problem) -> tuple[str, tuple[np.ndarray, np.ndarray]]:
-    """(lens model, (matrix, distortion)): the model that is best on left-out views.
+def _lens_of(camera: str, problem: Problem) -> tuple[str, tuple[np.ndarray, np.ndarray], float]:
+    """(lens model, (matrix, distortion), median rms of its views): the model that is best on left-out views.
 
     A model too stiff costs the map more than it shows here (0.2 px far away for 1 % in this error, measured), so even
     a small gain decides.
@@ -198,7 +200,7 @@ def _lens_of(camera: str, problem: Problem) -> tuple[str, tuple[np.ndarray, np.n
     values = result.state.shared[at : at + bundle.PER_CAMERA]
     matrix = np.array([[values[0], 0, values[2]], [0, values[1], values[3]], [0, 0, 1]])
     _refuse_odd_lens(camera, matrix, problem.sizes[camera])
-    return best[1], (matrix, values[4:])
+    return best[1], (matrix, values[4:]), float(np.median(_view_rms(result.residuals, camera)))
 
 
 def _only(camera: str, problem: Problem) -> Problem:
@@ -278,8 +280,8 @@ def _refuse_odd_lens(camera: str, matrix: np.ndarray, size: tuple[int, int]) -> 
     off = max(abs(cx / size[0] - 0.5), abs(cy / size[1] - 0.5))
     if not 2 < fov_deg < 140 or off > 0.3:
         raise CalibrationError(
-            f"the {camera} lens comes out with a view of {fov_deg:.0f} degrees and its centre {100 * off:.0f} % off the "
-            f"middle, which no lens has: {bundle.UNDETERMINED}"
+            f"the {camera} lens comes out with a view of {fov_deg:.0f} degrees and its centre {100 * off:.0f} % off "
+            f"the middle, which no lens has: {bundle.UNDETERMINED}"
         )
 
 
@@ -304,8 +306,8 @@ def _ordered(
                 "mirroring in that camera, and record again"
             )
         raise CalibrationError(
-            f"the two cameras agree on their pose in only {round(choice.share * len(pairs))} of {len(pairs)} views: are "
-            "the pictures of one moment paired, is the board still in each, and are both cameras fixed to each other?"
+            f"the two cameras agree on their pose in only {round(choice.share * len(pairs))} of {len(pairs)} views: "
+            "are pictures of one moment paired, is the board still in each, and are both cameras fixed to each other?"
         )
     kept, outliers = [], []
     orders = dict(zip((view.name for view in pairs), choice.orders, strict=True))
@@ -445,6 +447,18 @@ def _without_outliers(
         outliers.append((problem.views[worst].name, f"its points are {size:.2f} px off where the others say"))
         keep = np.arange(len(problem.views)) != worst
         problem, shared = bundle.subset(problem, keep), result.state.shared
+
+
+def _refuse_moving(result: Adjusted, alone_px: dict[str, float]) -> None:
+    """Refuses where each camera is sure of where the board is, but not both of the same place."""
+    together = {camera: _rms(result.residuals, camera) for camera in CAMERAS}
+    if max(together[camera] - max(UNSTEADY_FACTOR * alone_px[camera], UNSTEADY_PX) for camera in CAMERAS) > 0:
+        raise CalibrationError(
+            f"each camera on its own fits the views (visible {alone_px['visible']:.2f}, infrared "
+            f"{alone_px['infrared']:.2f} px), but one pose between them leaves {max(together.values()):.1f} px: the "
+            "pictures are not of one moment, or the cameras move against each other: hold the board still for both, and "
+            "fix the cameras; --homography gives a coarse map"
+        )
 
 
 def _sigma_px(result: Adjusted) -> dict[str, float]:
@@ -666,8 +680,9 @@ def _warnings(
 def _as_board_view(view: View, detections: Detections) -> BoardView:
     """The view as detected, with points in the common order."""
     original = next(item for item in detections.views if item.name == view.name)
-    results = {
-        camera: replace(original.results[camera], points=points)  # type: ignore[type-var]
-        for camera, points in view.points.items()
-    }
-    return BoardView(view.name, results, original.motion_px)  # type: ignore[arg-type]
+    results: dict[str, Detection | Refusal] = {}
+    for camera, points in view.points.items():
+        detection = original.results[camera]
+        assert isinstance(detection, Detection)
+        results[camera] = replace(detection, points=points)
+    return BoardView(view.name, results, original.motion_px)

@@ -23,7 +23,8 @@ Reason = Literal["absent", "small", "cut", "blurred", "count", "bent"]
 
 MIN_SPACING_PX = 8.0  # below, corners are found but off by half a pixel
 SEARCH_SIDE_PX = 800  # OpenCV's search is slow on large pictures; the points are measured at full size afterwards
-MAX_BLUR_SHARE = 0.75  # width of an edge, of the spacing
+MAX_BLUR_SHARE = 0.6  # width of an edge, of the spacing
+MAX_SMEAR, MAX_SMEAR_SHARE = 1.8, 0.3  # edges that wide, against those of the other direction: it moved
 MAX_MISFIT_SHARE = 0.05  # of the spacing: points that do not lie on one smooth grid
 MIN_AGREEMENT = 0.85  # share of places that have the colours of a board
 # Measured on heated boards: of all treatments these two left the least misfit (0.29 px; OpenCV's own points 0.60).
@@ -157,7 +158,7 @@ def _seeds(grey: np.ndarray, board: Board) -> Iterator[np.ndarray]:
 
 def _seeds_at(grey: np.ndarray, board: Board, scale: float) -> Iterator[np.ndarray]:
     small = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else grey
-    for picture in _treatments(small, board):
+    for picture in _treatments(small, inverted=board.kind == "chessboard"):
         found = _find_chessboard(picture, board) if board.kind == "chessboard" else _find_circles(picture, board)
         if found is not None:
             # Pixel centres are whole numbers at both sizes.
@@ -165,15 +166,15 @@ def _seeds_at(grey: np.ndarray, board: Board, scale: float) -> Iterator[np.ndarr
                                 board)  # fmt: skip
 
 
-def _treatments(grey: np.ndarray, board: Board) -> Iterator[np.ndarray]:
+def _treatments(grey: np.ndarray, inverted: bool) -> Iterator[np.ndarray]:
     """The picture as uint8 in several forms, the most likely to succeed first."""
     short = min(grey.shape)
     plain = _stretched(grey)
     flat = _flattened(grey, short / 24)
     yield from (plain, flat, _flattened(grey, short / 48))
     yield _flattened(cv2.GaussianBlur(grey, (0, 0), short / 240), short / 24)
-    # The detector prefers dark squares in a light frame.
-    yield from (255 - plain, 255 - flat)
+    if inverted:  # the detector prefers dark squares in a light frame
+        yield 255 - plain
 
 
 def _stretched(grey: np.ndarray) -> np.ndarray:
@@ -397,11 +398,12 @@ def _unbiased(grey: np.ndarray, points: np.ndarray, spacing_px: float, board: Bo
     """Takes off the perspective: the middle of a circle's picture is not the picture of its middle."""
     model, lattice = _smooth_model(points, board), board.lattice()
     nudge = 0.05
+    right, below = np.array([nudge, 0]), np.array([0, nudge])
 
     def stretch(where: np.ndarray) -> np.ndarray:
         """Pixels per square spacing."""
-        along = (model(where + (nudge, 0)) - model(where - (nudge, 0))) / (2 * nudge)
-        down = (model(where + (0, nudge)) - model(where - (0, nudge))) / (2 * nudge)
+        along = (model(where + right) - model(where - right)) / (2 * nudge)
+        down = (model(where + below) - model(where - below)) / (2 * nudge)
         return np.abs(along[:, 0] * down[:, 1] - along[:, 1] * down[:, 0])
 
     areas = np.array([_centroid(grey, point, spacing_px)[1] if np.isfinite(point[0]) else np.nan for point in points])
@@ -439,8 +441,9 @@ def _checked(
             f"the board goes on beyond {board.label}: it has about {larger[0]}x{larger[1]}: give its true size",
             larger,
         )
-    blur_px, contrast = _edges(grey, model, board)
-    if blur_px > MAX_BLUR_SHARE * spacing_px:
+    blur_px, sharper_px, contrast = _edges(grey, model, board)
+    smeared = blur_px > max(MAX_SMEAR * sharper_px, MAX_SMEAR_SHARE * spacing_px)
+    if blur_px > MAX_BLUR_SHARE * spacing_px or smeared:
         return Refusal(
             "blurred",
             f"its edges are {blur_px:.1f} px wide at a pattern of {spacing_px:.1f} px: focus the lens, hold it still",
@@ -510,8 +513,8 @@ def _sides(board: Board, axis: int) -> list[np.ndarray]:
     return [np.stack([rows % 2 - 2, rows], 1), np.stack([rows % 2 + 2 * board.columns, rows], 1)]
 
 
-def _edges(grey: np.ndarray, model: Grid, board: Board) -> tuple[float, float]:
-    """(median width of an edge in pixels, along the blurrier direction; its step in sigmas of the noise)."""
+def _edges(grey: np.ndarray, model: Grid, board: Board) -> tuple[float, float, float]:
+    """(median width of an edge in pixels in the blurrier and in the sharper direction; its step in noise sigmas)."""
     widths, steps = [], []
     for direction in ((1.0, 0.0), (0.0, 1.0)):
         profiles, length_px = _profiles(grey, model, board, np.array(direction))
@@ -523,8 +526,8 @@ def _edges(grey: np.ndarray, model: Grid, board: Board) -> tuple[float, float]:
         widths.append(float(np.median(step[good] / rise[good] * (length_px / (profiles.shape[1] - 1))[good])))
         steps.append(float(np.median(step[good])))
     if not widths:
-        return 0.0, 0.0
-    return max(widths), min(steps) / noise_of(grey)
+        return 0.0, 0.0, 0.0
+    return max(widths), min(widths), min(steps) / noise_of(grey)
 
 
 def _profiles(grey: np.ndarray, model: Grid, board: Board, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -565,12 +568,11 @@ def _why_not(grey: np.ndarray, board: Board) -> Refusal:
         if max(changed.shape) > 2.5 * SEARCH_SIDE_PX:
             continue
         find = _find_chessboard if board.kind == "chessboard" else _find_circles
-        for picture in (_stretched(changed), _flattened(changed, min(changed.shape) / 24)):
-            found = find(picture, board)
-            if found is not None and reason == "small":
-                return _too_small(spacing_of(found, board) / scale)
-            if found is not None:
-                return Refusal("blurred", "the board is there, but too blurred: focus the lens, hold it still")
+        found = find(_flattened(changed, min(changed.shape) / 24), board)
+        if found is not None and reason == "small":
+            return _too_small(spacing_of(found, board) / scale)
+        if found is not None:
+            return Refusal("blurred", "the board is there, but too blurred: focus the lens, hold it still")
     return Refusal(
         "absent",
         f"no {board.kind} of {board.label} was found: is all of it in the picture, with the heat to be seen?",
@@ -590,8 +592,21 @@ def _any_chessboard(grey: np.ndarray) -> tuple[np.ndarray, tuple[int, int]] | No
         if found and meta is not None and meta.shape[0] >= 3 and meta.shape[1] >= 3:
             rows, columns = meta.shape[:2]
             grid = (points.reshape(rows, columns, 2) + 0.5) / scale - 0.5
-            return grid, (columns, rows)
+            if _is_chessboard(grey, grid):
+                return grid, (columns, rows)
     return None
+
+
+def _is_chessboard(grey: np.ndarray, grid: np.ndarray) -> bool:
+    """Whether the squares between the corners (rows, columns, 2) have the colours of a chessboard."""
+    rows, columns = grid.shape[:2]
+    board = Board("chessboard", columns, rows)
+    points = _right_handed(grid.reshape(-1, 2), board)
+    detail = _detail(grey, max(spacing_of(points, board), 2.0))
+    steps = _steps(detail, _smooth_model(points, board), board, board.lattice())
+    sign = 1 if np.nanmedian(steps) > 0 else -1
+    clear = steps * sign > 4 * noise_of(grey)
+    return bool(np.isfinite(steps).all() and clear.mean() >= MIN_AGREEMENT)
 
 
 def _about_part(grey: np.ndarray, partial: tuple[np.ndarray, tuple[int, int]], board: Board) -> Refusal:

@@ -299,7 +299,9 @@ def _view(item: dict[str, Any], board: Board) -> BoardView:
         points = np.array([[math.nan] * 2 if point is None else point for point in section["points"]], float)
         if points.shape != (board.count, 2) or np.isinf(points).any():
             raise CalibrationError(f"view {item['name']!r} does not have the board's {board.count} points")
-        numbers = (float(section[key]) for key in ("misfit_px", "spacing_px", "blur_px", "contrast"))
-        results[camera] = Detection(points, *numbers, inverted=bool(section["inverted"]))
+        misfit, spacing, blur, contrast = (
+            float(section[key]) for key in ("misfit_px", "spacing_px", "blur_px", "contrast")
+        )
+        results[camera] = Detection(points, misfit, spacing, blur, contrast, bool(section["inverted"]))
     motion = item.get("motion_px")
     return BoardView(str(item["name"]), results, math.inf if motion == "unknown" else motion)

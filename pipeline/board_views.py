@@ -131,7 +131,9 @@ def _pair_stills(files: dict[str, list[Path]], both_files: bool) -> Pairing:
 
 def _moments_of(chosen: list[tuple[str, dict[str, Path]]]) -> Iterator[Moment]:
     for name, paths in chosen:
-        images = {camera: read_image(paths[camera], camera) for camera in CAMERAS if camera in paths}
+        images: dict[str, np.ndarray] = {
+            camera: read_image(paths[camera], camera) for camera in CAMERAS if camera in paths
+        }
         yield Moment(name, images, {camera: image.dtype.itemsize * 8 for camera, image in images.items()})
 
 
