@@ -13,9 +13,12 @@ from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit
 
 MASK = "***"
 # The last "@" before the host ends the password: a decoded password may itself hold "@", ":" or "/".
-_CREDENTIALS = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)[^\s'\"<>]*@")
+# One slash is what is left of a URL that was taken for a file's path.
+_CREDENTIALS = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*:/{1,2})[^\s'\"<>]*@")
 _SECRET_KEYS = r"pass(?:word|wd)?|pwd|secret|token|api_?key|auth|key|user(?:name)?|login"
 _QUERY = re.compile(rf"(?P<key>[?&;](?:{_SECRET_KEYS})=)[^&;\s'\"<>]+", re.IGNORECASE)
+# Recorders want them in the path: /user=admin_password=s3cret_channel=1.
+_IN_PATH = re.compile(rf"(?P<key>[/_](?:{_SECRET_KEYS})=)[^&;/\s'\"<>]+?(?=_[a-z]+=|[&;/\s'\"<>]|$)", re.IGNORECASE)
 
 
 def redact(text: str, secrets: Iterable[str] = ()) -> str:
@@ -27,7 +30,7 @@ def redact(text: str, secrets: Iterable[str] = ()) -> str:
     for spelling in sorted({s for secret in secrets for s in _spellings(secret)}, key=len, reverse=True):
         text = text.replace(spelling, MASK)
     text = _CREDENTIALS.sub(rf"\g<scheme>{MASK}@", text)
-    return _QUERY.sub(rf"\g<key>{MASK}", text)
+    return _IN_PATH.sub(rf"\g<key>{MASK}", _QUERY.sub(rf"\g<key>{MASK}", text))
 
 
 def secrets_of(url: str) -> tuple[str, ...]:

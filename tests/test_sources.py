@@ -435,6 +435,9 @@ def test_a_configuration_opens_its_kind_of_source(tmp_path):
         "Did you mean file:rtsp://admin:s3c@ret:s3cret@10.0.0.5/main ?",
         "open 'rtsps://admin:s3cret@h:322/x' failed; retry rtsp://s3cret@h/",
         "http://h/snap?user=admin&password=s3cret&channel=1",
+        "rtsp:/admin:s3cret@10.0.0.5/main does not exist",  # as a path that was made of it shows it
+        "rtsp://h:554/user=admin_password=s3cret_channel=1_stream=0.sdp?real_stream",
+        "rtsp://h:554/user=admin&password=s3cret&channel=1",
     ],
 )
 def test_credentials_are_cut_out_of_any_url(text):
