@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +41,8 @@ app.command()(evaluate)
 app.command()(train)
 console = Console(stderr=True)
 
+MACHINE_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EIO)
+
 Report = Annotated[
     str | None, typer.Option("--report", help="Write the report as JSON to this file; - is the terminal.")
 ]
@@ -56,20 +61,57 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(RedactingFilter())
+    before = set(threading.enumerate())
     try:
-        app()
+        result = app(prog_name="dspfusion", standalone_mode=False)
     except Exception as error:
-        if not is_users_mistake(error):
+        line = users_mistake(error)
+        if line is None:
             raise
-        line = " ".join(redact(str(error)).split())
-        print(f"dspfusion: error: {line}", file=sys.stderr)
-        sys.exit(2)
+        if line:
+            print(f"dspfusion: error: {redact(line)}", file=sys.stderr)
+        result = 2
+    leave(result if isinstance(result, int) else 0, before)
 
 
-def is_users_mistake(error: Exception) -> bool:
-    """Whether the text of an error is meant for the user. Looks types up by name: importing them may need torch."""
-    names = {"EngineError", "CalibrationError", "ClientError", "ViewerError", "MessageError"}
-    return isinstance(error, DspfusionError) or any(kind.__name__ in names for kind in type(error).__mro__)
+def users_mistake(error: Exception) -> str | None:
+    """The one line for an error that its reader can mend; None for a bug of ours, "" where all has been said.
+
+    Looks types up by name: importing them may need torch, and typer's own parser moves between its versions.
+    """
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    text = " ".join(str(error).split())
+    if isinstance(error, DspfusionError) or kinds & {
+        "EngineError", "CalibrationError", "ClientError", "ViewerError", "MessageError"
+    }:  # fmt: skip
+        return text
+    if "UsageError" in kinds:
+        if "NoArgsIsHelpError" in kinds:
+            return ""  # the help is on the screen
+        context = getattr(error, "ctx", None)
+        command = getattr(context, "command_path", None) or "dspfusion"
+        message = " ".join(error.format_message().split())  # type: ignore[attr-defined]
+        return f"{message.rstrip('.')}: see `{command} --help`"
+    if isinstance(error, OSError) and error.strerror and (error.filename or error.errno in MACHINE_IS_FULL):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}: check the path, its permissions and the space on the disk"
+    return None
+
+
+def leave(status: int, before: set[threading.Thread]) -> None:
+    """Ends the process. A thread that a driver still holds would abort it on the way, with status 134."""
+    if any(thread.daemon and thread not in before for thread in threading.enumerate()):
+        with suppress(OSError):  # nobody reads any more
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
+def positive(option: str, value: float | None) -> None:
+    """Refuses a number of seconds or messages that is not above zero."""
+    if value is not None and not value > 0:
+        raise ConfigError(f"{option} {value:g}: give a number above 0")
 
 
 @app.command()
@@ -81,14 +123,20 @@ def run(
     """Run a live rig until Ctrl-C."""
     from pipeline.config import load_config
 
+    positive("--duration", duration)
     run_rig(load_config(config), duration, report)
 
 
 def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str, Any]:
     """Runs a rig with its viewer, shows how it goes, and writes the report."""
     from pipeline.live import LivePipeline
-    from pipeline.telemetry import write_report
+    from pipeline.recording import refuse_overwriting
+    from pipeline.telemetry import check_report_target, write_report
 
+    for target in (report, config.output.report):
+        check_report_target(target)
+    for target in (config.output.video, config.output.report, report):
+        refuse_overwriting(target, *recordings_of(config))
     pipeline = LivePipeline(config)
     with stopping_on_signals(pipeline.stop), viewer_of(config, pipeline.endpoint) as address:
         console.print(f"rig [bold]{config.rig}[/]: fused frames at {pipeline.endpoint or 'no endpoint'}")
@@ -100,6 +148,14 @@ def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str
         if target:
             write_report(result, target)
     return result
+
+
+def recordings_of(config: Any) -> list[str]:
+    """The files and folders that a rig reads."""
+    sections = (config.infrared, config.visible)
+    folders = [section.path for section in sections if section.kind == "folder"]
+    files = [section.url for section in sections if section.kind == "stream" and "://" not in section.url]
+    return [*folders, *files]
 
 
 @contextmanager
@@ -159,10 +215,14 @@ def replay(
 ) -> None:
     """Fuse recordings: nothing is dropped, and equal input gives equal output."""
     from pipeline.config import PublishConfig
+    from pipeline.recording import refuse_overwriting
     from pipeline.replay import ReplayConfig
     from pipeline.replay import replay as replay_recordings
-    from pipeline.telemetry import write_report
+    from pipeline.telemetry import check_report_target, write_report
 
+    check_report_target(report)
+    for target in (output, report):
+        refuse_overwriting(target, infrared, visible)
     config = ReplayConfig(
         infrared=infrared,
         visible=visible,
@@ -227,8 +287,9 @@ def fuse(
     """Fuse still pairs."""
     from pipeline.live import describe_engine, engine_for
     from pipeline.still import fuse_stills, list_pairs
-    from pipeline.telemetry import write_report
+    from pipeline.telemetry import check_report_target, write_report
 
+    check_report_target(as_json)
     pairs = list_pairs(infrared, visible, output)
     serving = engine_for(engine_config(engine, variant))
     try:
@@ -253,9 +314,11 @@ def demo(
     """Show the whole product with two simulated cameras: no camera, no GPU."""
     from pipeline.demo import demo_config
 
+    positive("--duration", duration)
     config = demo_config(output, scene)
-    run_rig(config, duration, None)
-    console.print(f"fused video: {config.output.video}\nreport: {config.output.report}")
+    result = run_rig(config, duration, None)
+    console.print(f"fused video: {config.output.video if result['fused'] else 'none, it was too short'}")
+    console.print(f"report: {config.output.report}")
 
 
 @app.command()
@@ -274,8 +337,11 @@ def subscribe(
 ) -> None:
     """Print one line per message, and how old it was."""
     from pipeline.client import subscribe as subscribe_to
-    from pipeline.telemetry import write_report
+    from pipeline.telemetry import check_report_target, write_report
 
+    for option, value in (("--count", count), ("--duration", duration), ("--timeout", timeout)):
+        positive(option, value)
+    check_report_target(as_json)
     summary = subscribe_to(
         endpoint,
         count,
@@ -336,11 +402,41 @@ def doctor(as_json: AsJson = None) -> None:
 def config_check(config: Annotated[Path, typer.Argument(help="The rig's YAML file.")]) -> None:
     """Check a configuration without starting anything."""
     from pipeline.config import load_config
+    from pipeline.publish import refuse_open_endpoint
+    from pipeline.sources.opening import open_source
 
     checked = load_config(config)
+    open_source(checked.infrared, "infrared")  # only looks at the description
+    open_source(checked.visible, "visible")
+    if checked.publish.endpoint:
+        refuse_open_endpoint(checked.publish)
+    check_calibration(checked)
     console.print(
         f"{config}: rig '{checked.rig}' is valid ({checked.infrared.kind} and {checked.visible.kind} sources)"
     )
+    for path in [*recordings_of(checked), checked.registration.calibration]:
+        if path and not Path(path).exists():
+            console.print(f"[yellow]note:[/] {path} is not there yet", highlight=False)
+
+
+def check_calibration(config: Any) -> None:
+    """Refuses a calibration that cannot be read, or is for another resolution than the configured one."""
+    from calibration.rig_file import load_rig
+
+    path = config.registration.calibration
+    if not path or not Path(path).exists():
+        return
+    rig = load_rig(path)
+    for camera, section, model in (
+        ("infrared", config.infrared, rig.infrared),
+        ("visible", config.visible, rig.visible),
+    ):
+        size = getattr(section, "width", None), getattr(section, "height", None)
+        if all(size) and size != model.size:
+            raise ConfigError(
+                f"{path} is for a {camera} picture of {model.size[0]}x{model.size[1]}, but {camera} is set to "
+                f"{size[0]}x{size[1]}: set that size, or calibrate at this one"
+            )
 
 
 @config_app.command("schema")

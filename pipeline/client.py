@@ -13,8 +13,10 @@ Needs pyzmq, numpy, msgspec, crc32c and, for JPEG, simplejpeg. Neither torch nor
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import stat
 import struct
 import threading
@@ -44,6 +46,9 @@ WATCHED = (
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
+PICTURES = ("fused", "ir", "vis")
+DATA = ("health", "event", "calib", "schema")
+AGES_KEPT = 100_000  # of which `subscribe` tells percentiles: more than an hour at 25 Hz
 DTYPES = {
     "rgb8": (np.uint8, 3),
     "bgr8": (np.uint8, 3),
@@ -185,10 +190,14 @@ class Client:
             secret_key: this client's own key file (.key_secret); the publisher must know its public half.
 
         Raises:
-            ClientError: an endpoint or a key that cannot be used.
+            ClientError: a stream, codec, endpoint or key that cannot be used.
         """
+        if stream not in (*PICTURES, "mask", *DATA):
+            raise ClientError(f"there is no stream {stream!r}: choose one of {', '.join((*PICTURES, *DATA))}")
+        if stream not in DATA and codec not in ("raw", "jpeg"):
+            raise ClientError(f"there is no codec {codec!r} of {stream}: choose raw or jpeg")
         self._stream = stream
-        self._codec = codec if stream in ("fused", "ir", "vis", "mask") else "msg"
+        self._codec = "msg" if stream in DATA else codec
         self._rig = rig
         self._changed = threading.Condition()
         self._kept: deque[Received] = deque()
@@ -264,15 +273,22 @@ class Client:
                 self._changed.notify_all()
             yield received
 
-    def close(self) -> None:
-        """Ends the subscription; a waiting `latest` or `all` ends too."""
-        if self._closing.is_set():
-            return
+    def end(self) -> None:
+        """Ends a waiting `latest` or `all`, without waiting itself: for signal handlers and other threads."""
         self._closing.set()
         with self._changed:
             self._changed.notify_all()
+
+    @property
+    def ended(self) -> bool:
+        return self._closing.is_set()
+
+    def close(self) -> None:
+        """Ends the subscription; a waiting `latest` or `all` ends too."""
+        self.end()
         self._thread.join(timeout=2)
-        self._zmq.term()
+        if not self._zmq.closed:
+            self._zmq.term()
 
     # -- the receiving thread ---------------------------------------------------------------------------------
 
@@ -292,7 +308,7 @@ class Client:
                     self._read_monitor()
                 if self._socket in ready:
                     self._take(self._socket.recv(copy=False))
-        except zmq.ZMQError as error:
+        except (zmq.ZMQError, ClientError) as error:
             self._fail(f"the subscription to {self.endpoint} broke: {error}")
         finally:
             self._socket.disable_monitor()
@@ -478,34 +494,47 @@ def subscribe(
 
     Returns:
         `messages`, `gaps`, `errors`, `fps`, `age_ms` {p50, p95, p99}, `modes` {mode: messages}, `bytes`,
-        `saved`, `rig`, `ended` (count, duration or silence).
+        `saved`, `rig`, `ended` (count, duration, silence, or signal: SIGINT and SIGTERM end it in order).
+        The ages are those of the newest 100,000 messages.
 
     Raises:
-        ClientError: not one message came, or the publisher refuses this client's keys.
+        ClientError: not one message came, the publisher refuses this client's keys, or a picture cannot be saved.
     """
     folder = Path(save_dir) if save_dir is not None else None
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    ages: list[float] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_save(folder, error) from None
+    ages: deque[float] = deque(maxlen=AGES_KEPT)
     arrivals: deque[int] = deque(maxlen=31)
     modes: Counter[str] = Counter()
-    size = first_ns = last_ns = saved = 0
+    number = size = first_ns = last_ns = saved = 0
     ended = "silence"
     started = time.monotonic()
-    with Client(endpoint, rig, stream, codec, server_key=server_key, secret_key=secret_key) as client:
+    with (
+        Client(endpoint, rig, stream, codec, server_key=server_key, secret_key=secret_key) as client,
+        _on_signals(client.end),
+    ):
         for received in client.all(timeout_s if duration_s is None else min(timeout_s, duration_s)):
             header = received.header
             age_ms = received.age_at_ms(received.received_ns)
             ages.append(age_ms)
+            number += 1
             arrivals.append(received.received_ns)
             first_ns, last_ns = first_ns or received.received_ns, received.received_ns
             modes[header.mode] += 1
             size += len(received.payload)
             if folder is not None:
-                saved += _save(received, folder)
+                try:
+                    saved += _save(received, folder)
+                except OSError as error:
+                    raise _cannot_save(folder, error) from None
             if echo is not None:
                 echo(_line(received, age_ms, _rate(arrivals)))
-            if count is not None and len(ages) >= count:
+            if client.ended:
+                break
+            if count is not None and number >= count:
                 ended = "count"
                 break
             if duration_s is not None and time.monotonic() - started >= duration_s:
@@ -516,13 +545,15 @@ def subscribe(
                 f"no {stream} message from {endpoint} in {time.monotonic() - started:.1f} s: is the publisher "
                 "running, and is the endpoint right?"
             )
-        p50, p95, p99 = np.percentile(ages, (50, 95, 99))
+        if client.ended:
+            ended = "signal"
+        p50, p95, p99 = np.percentile(np.asarray(ages), (50, 95, 99))
         span_s = (last_ns - first_ns) / 1e9
         return {
-            "messages": len(ages),
+            "messages": number,
             "gaps": client.gaps,
             "errors": client.errors,
-            "fps": round((len(ages) - 1) / span_s, 2) if span_s > 0 else 0.0,
+            "fps": round((number - 1) / span_s, 2) if span_s > 0 else 0.0,
             "age_ms": {"p50": round(float(p50), 2), "p95": round(float(p95), 2), "p99": round(float(p99), 2)},
             "modes": dict(modes),
             "bytes": size,
@@ -530,6 +561,24 @@ def subscribe(
             "rig": client.rig,
             "ended": ended,
         }
+
+
+@contextlib.contextmanager
+def _on_signals(end: Callable[[], None]) -> Iterator[None]:
+    """Has SIGINT and SIGTERM call `end`, where this is the thread that hears them."""
+    before: dict[signal.Signals, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before[number] = signal.signal(number, lambda *_: end())
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _cannot_save(folder: Path, error: OSError) -> ClientError:
+    return ClientError(f"cannot save in {folder}: {error.strerror or error}: choose another place")
 
 
 def _rate(arrivals: deque[int]) -> float:
@@ -550,12 +599,23 @@ def _save(received: Received, folder: Path) -> int:
     header = received.header
     name = f"{header.rig}_{header.stream}_{header.sequence:08d}"
     if header.codec == "jpeg":
-        (folder / f"{name}.jpg").write_bytes(received.payload)
+        _write_whole(folder / f"{name}.jpg", received.payload)
     elif header.codec == "raw":
-        (folder / f"{name}.png").write_bytes(_png(received.image))
+        _write_whole(folder / f"{name}.png", _png(received.image))
     else:
-        (folder / f"{name}.json").write_text(json.dumps(received.data(), indent=2, default=str))
+        _write_whole(folder / f"{name}.json", json.dumps(received.data(), indent=2, default=str).encode())
     return 1
+
+
+def _write_whole(path: Path, content: bytes | memoryview) -> None:
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        raise
 
 
 def _png(image: np.ndarray) -> bytes:

@@ -547,12 +547,7 @@ class Publisher:
 
     def _open(self) -> None:
         endpoint, config = self._config.endpoint, self._config
-        leaves = leaves_this_machine(endpoint)
-        if leaves and not (config.curve_secret_key_file and config.authorized_keys_dir):
-            raise ConfigError(
-                f"{endpoint} can be reached from other machines, and thermal video of people is not for everybody: "
-                "set publish.curve_secret_key_file and publish.authorized_keys_dir, or publish on tcp://127.0.0.1"
-            )
+        refuse_open_endpoint(config)
         self._zmq = zmq.Context()
         try:
             self._socket = self._zmq.socket(zmq.XPUB)
@@ -605,6 +600,15 @@ class Publisher:
         self._authenticator.configure_curve(domain="*", location=keys)
         socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
         socket.setsockopt(zmq.CURVE_SERVER, 1)
+
+
+def refuse_open_endpoint(config: PublishConfig) -> None:
+    """Raises ConfigError for an endpoint that other machines can reach without a key, or that is none at all."""
+    if leaves_this_machine(config.endpoint) and not (config.curve_secret_key_file and config.authorized_keys_dir):
+        raise ConfigError(
+            f"{config.endpoint} can be reached from other machines, and thermal video of people is not for everybody: "
+            "set publish.curve_secret_key_file and publish.authorized_keys_dir, or publish on tcp://127.0.0.1"
+        )
 
 
 def leaves_this_machine(endpoint: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -10,9 +11,10 @@ import av
 import cv2
 import numpy as np
 
-from pipeline.errors import SourceError
+from pipeline.errors import ConfigError, SourceError
+from pipeline.sources.folder import SUFFIXES, image_files, read_image
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+IMAGE_SUFFIXES = SUFFIXES
 COLOUR_LEVELS = 6.0  # mean distance of the chroma from grey that a colour picture exceeds; compression leaves about 1
 
 
@@ -24,6 +26,7 @@ class RecordingInfo:
     frames: int
     rate_hz: float | None  # None: a folder has none of its own
     colour: bool  # judged by the first picture
+    names: tuple[str, ...] = ()  # of a folder's pictures, without suffix, in their order
 
 
 def probe(path: str | Path) -> RecordingInfo:
@@ -33,14 +36,44 @@ def probe(path: str | Path) -> RecordingInfo:
         SourceError: not there, no pictures in it, or not a video.
     """
     path = Path(path)
-    if not path.exists():
-        raise SourceError(f"{path} does not exist: check the path")
-    return _probe_folder(path) if path.is_dir() else _probe_video(path)
+    refuse_unless_there(path)
+    if path.is_dir():
+        return _probe_folder(path)
+    if not path.is_file():  # to open a pipe or a device may wait for ever
+        raise SourceError(f"{path} is neither a file nor a folder: give a recording (a camera belongs in a rig's file)")
+    return _probe_video(path)
+
+
+def refuse_unless_there(path: Path) -> None:
+    """Raises SourceError for a path that leads nowhere, is no path at all, or may not be followed."""
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", str(path)):
+        raise SourceError(f"{path} is an address: give a file or a folder (a camera belongs in a rig's file)")
+    try:
+        path.stat()
+    except FileNotFoundError:
+        raise SourceError(f"{path} does not exist: check the path") from None
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The pictures of a folder, by name."""
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    """The pictures of a folder in natural name order; empty if there are none.
+
+    Raises:
+        SourceError: the folder may not be read.
+    """
+    return image_files(folder, none_allowed=True)
+
+
+def refuse_overwriting(output: str | Path | None, *inputs: str | Path) -> None:
+    """Raises ConfigError for an output that would replace a recording, or lie among its pictures."""
+    if output is None:
+        return
+    target = Path(output).expanduser().resolve()
+    for path in inputs:
+        source = Path(path).expanduser().resolve()
+        if target == source or (source.is_dir() and target.parent == source):
+            raise ConfigError(f"{output} would replace or mix with the input {path}: choose another place")
 
 
 def is_colour(image: np.ndarray) -> bool:
@@ -55,7 +88,7 @@ def refuse_unlikely(infrared: RecordingInfo, visible: RecordingInfo) -> None:
     """Refuses two recordings that cannot belong together as they are given.
 
     Raises:
-        SourceError: swapped cameras, no frames, or as many frames at another rate.
+        SourceError: swapped cameras, no frames, folders with unmatched names, or as many frames at another rate.
     """
     for info in (infrared, visible):
         if info.frames == 0:
@@ -65,6 +98,7 @@ def refuse_unlikely(infrared: RecordingInfo, visible: RecordingInfo) -> None:
             f"{infrared.path.name} is in colour and {visible.path.name} is grey: infrared and visible look swapped: "
             "give the infrared recording first"
         )
+    _refuse_unmatched(infrared, visible)
     rates = (infrared.rate_hz, visible.rate_hz)
     if infrared.frames == visible.frames > 1 and rates[0] and rates[1] and abs(rates[0] / rates[1] - 1) > 0.01:
         raise SourceError(
@@ -74,24 +108,36 @@ def refuse_unlikely(infrared: RecordingInfo, visible: RecordingInfo) -> None:
         )
 
 
+def _refuse_unmatched(infrared: RecordingInfo, visible: RecordingInfo) -> None:
+    """Pictures of two folders are paired by their order: a name that only one of them has shifts all that follow."""
+    if not (infrared.names and visible.names):
+        return
+    lone = sorted(set(infrared.names) ^ set(visible.names))
+    named_alike = len(lone) < len(set(infrared.names) | set(visible.names))
+    if lone and (named_alike or infrared.frames != visible.frames):
+        raise SourceError(
+            f"{infrared.path} and {visible.path} hold {infrared.frames} and {visible.frames} images, and {len(lone)} "
+            f"of the names have no partner (first: {lone[0]}): give two folders with equal names"
+        )
+
+
 def _probe_folder(path: Path) -> RecordingInfo:
     images = images_in(path)
-    first = cv2.imread(str(images[0]), cv2.IMREAD_COLOR_RGB) if images else None
-    if images and first is None:
-        raise SourceError(f"{images[0]} cannot be read as an image: it is damaged or something else: remove it")
-    return RecordingInfo(path, len(images), None, first is not None and is_colour(first))
+    colour = bool(images) and is_colour(read_image(images[0], "visible"))
+    return RecordingInfo(path, len(images), None, colour, tuple(image.stem for image in images))
 
 
 def _probe_video(path: Path) -> RecordingInfo:
     try:
-        with av.open(str(path)) as container:
+        # "file:" and the list keep FFmpeg from taking a colon for a protocol, and a playlist from calling the network.
+        with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
             if not container.streams.video:
                 raise SourceError(f"{path} has no video stream: give a video file")
             stream = container.streams.video[0]
             rate = stream.average_rate or stream.guessed_rate
             first = next(iter(container.decode(stream)), None)
             colour = first is not None and is_colour(first.to_ndarray(format="rgb24"))
-        with av.open(str(path)) as container:
+        with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
             packets = sum(1 for packet in container.demux(video=0) if packet.size)
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from pipeline.errors import ConfigError, SourceError
 from pipeline.frame import Frame, FramePair
 from pipeline.fuse import Fuse
 from pipeline.gain import InfraredGain
-from pipeline.recording import images_in, is_colour
+from pipeline.recording import images_in, is_colour, refuse_unless_there
 from pipeline.register import Register
+from pipeline.sources.folder import SUFFIXES, read_image
 
 
 def list_pairs(infrared: Path, visible: Path, output: Path) -> list[tuple[Path, Path, Path]]:
@@ -26,14 +28,13 @@ def list_pairs(infrared: Path, visible: Path, output: Path) -> list[tuple[Path, 
         SourceError: something is missing, or names have no partner.
     """
     for path in (infrared, visible):
-        if not path.exists():
-            raise SourceError(f"{path} does not exist: check the path")
+        refuse_unless_there(path)
     if infrared.is_dir() != visible.is_dir():
         raise SourceError("one input is a folder and the other a file: give two images or two folders")
     if not infrared.is_dir():
         target = output / f"{visible.stem}.png" if output.is_dir() else output
         return [(infrared, visible, target)]
-    by_name = [{file.stem: file for file in images_in(folder)} for folder in (infrared, visible)]
+    by_name = [_by_name(images_in(folder)) for folder in (infrared, visible)]
     unmatched = sorted(by_name[0].keys() ^ by_name[1].keys())
     if unmatched:
         raise SourceError(
@@ -44,25 +45,25 @@ def list_pairs(infrared: Path, visible: Path, output: Path) -> list[tuple[Path, 
     return [(by_name[0][name], by_name[1][name], output / f"{name}.png") for name in sorted(by_name[0])]
 
 
+def _by_name(images: list[Path]) -> dict[str, Path]:
+    named: dict[str, Path] = {}
+    for image in images:
+        if image.stem in named:
+            raise SourceError(f"{named[image.stem]} and {image.name} have one name: keep one of them in the folder")
+        named[image.stem] = image
+    return named
+
+
 def read_pair(infrared: Path, visible: Path) -> FramePair:
     """One pair of images; 16-bit infrared stays 16-bit.
 
     Raises:
         SourceError: unreadable, or swapped.
     """
-    thermal = cv2.imread(str(infrared), cv2.IMREAD_UNCHANGED)
-    colour = cv2.imread(str(visible), cv2.IMREAD_COLOR_RGB)
-    if thermal is None or colour is None:
-        unreadable = infrared if thermal is None else visible
-        raise SourceError(f"{unreadable} cannot be read as an image: give a PNG, JPEG, TIFF, BMP or WebP file")
-    if thermal.ndim == 3:
-        if is_colour(thermal[..., :3]) and not is_colour(colour):
-            raise SourceError(
-                f"{infrared.name} is in colour and {visible.name} is grey: infrared and visible look swapped"
-            )
-        thermal = cv2.cvtColor(thermal[..., :3], cv2.COLOR_BGR2GRAY)
-    if thermal.dtype not in (np.uint8, np.uint16):
-        raise SourceError(f"{infrared.name} has {thermal.dtype} pixels: give an 8- or 16-bit image")
+    colour = read_image(visible, "visible")
+    if not is_colour(colour) and is_colour(read_image(infrared, "visible")):
+        raise SourceError(f"{infrared.name} is in colour and {visible.name} is grey: infrared and visible look swapped")
+    thermal = read_image(infrared, "infrared")
     bits = 8 if thermal.dtype == np.uint8 else 16
     return FramePair(
         Frame("infrared", thermal, 0, 0, clock="file", bits=bits), Frame("visible", colour, 0, 0, clock="file"), "fused"
@@ -76,12 +77,15 @@ def fuse_stills(
     on_done: Callable[[Path], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Fuses each pair by itself and writes a picture for each, whole or not at all. Returns one row a pair."""
+    for infrared, visible, output in pairs:
+        if output.suffix.lower() not in SUFFIXES:
+            raise ConfigError(f"{output.name}: a picture ends in .png, .jpg, .tif, .bmp or .webp: choose one of them")
+        if output.resolve() in (infrared.resolve(), visible.resolve()):
+            raise ConfigError(f"{output} is an input: choose another place for the fused picture")
     rows = []
     for infrared, visible, output in pairs:
-        if output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"):
-            raise ConfigError(f"{output.name}: a picture ends in .png, .jpg, .tif, .bmp or .webp: choose one of them")
         # Stills have no past: gain and priors start anew with each of them.
-        register = Register(RegistrationConfig(calibration=calibration), InfraredGain(GainConfig()))
+        register = Register(RegistrationConfig(calibration=calibration, refine=False), InfraredGain(GainConfig()))
         fused = Fuse(engine, PriorsConfig(), background=False)(register(read_pair(infrared, visible)))
         _write(output, fused.image)
         rows.append(
@@ -99,13 +103,19 @@ def fuse_stills(
 
 
 def _write(path: Path, image: np.ndarray) -> None:
-    encoded, content = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     part = path.with_name(path.name + ".part")
     try:
+        try:
+            encoded, content = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
+        except cv2.error:
+            encoded = False
         if not encoded:
-            raise OSError(None, "the encoder refused")
+            height, width = image.shape[:2]
+            raise OSError(None, f"{width}x{height} pixels do not fit into {path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_bytes(content.tobytes())
         part.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise ConfigError(f"cannot write {path}: {error.strerror}: choose another place") from None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
 import threading
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -131,6 +133,29 @@ class Telemetry:
             }
 
 
+def check_report_target(path: str | None) -> None:
+    """Refuses a place that no report can be written to, before the work that it would tell about.
+
+    Raises:
+        ConfigError: a folder, or below something that is no folder or may not be written to.
+    """
+    if path is None or path == "-":
+        return
+    target = Path(path)
+    try:
+        parent = next((folder for folder in target.absolute().parents if folder.exists()), Path("/"))
+        problem = (
+            "it is a folder" if target.is_dir()
+            else f"{parent} is no folder" if not parent.is_dir()
+            else f"{parent} may not be written to" if not os.access(parent, os.W_OK | os.X_OK)
+            else None
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or str(error)
+    if problem:
+        raise ConfigError(f"cannot write the report {target}: {problem}: choose another place")
+
+
 def write_report(report: dict[str, Any], path: str) -> None:
     """Writes a report as JSON, whole or not at all; "-" is standard output."""
     text = json.dumps(report, indent=2) + "\n"
@@ -144,4 +169,6 @@ def write_report(report: dict[str, Any], path: str) -> None:
         part.write_text(text)
         part.replace(target)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
         raise ConfigError(f"cannot write the report {target}: {error.strerror}: choose another place") from None

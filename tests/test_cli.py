@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pipeline import cli
+from pipeline.client import Client
 from tests.rigs.engines import MaximumEngine
 from tests.rigs.recordings import write_video
 
@@ -30,6 +31,7 @@ publish: {endpoint: "tcp://127.0.0.1:*"}
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
     """Runs `dspfusion ARGUMENTS` in this process: (exit status, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["dspfusion", *arguments])
+    monkeypatch.setattr(cli, "leave", lambda status, _: sys.exit(status))
     with pytest.raises(SystemExit) as ended:
         cli.main()
     captured = capsys.readouterr()
@@ -106,6 +108,97 @@ def test_folders_with_unmatched_names_are_refused_and_nothing_is_written(tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def write_images(folder: Path, *names: str, image: np.ndarray | None = None) -> Path:
+    import cv2
+
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        cv2.imwrite(str(folder / name), np.full((40, 60), 90, np.uint8) if image is None else image)
+    return folder
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize(
+    ("infrared", "visible", "refused"),
+    [
+        (("f0.png", "f1.png", "f2.png"), ("f0.png", "f2.png"), True),  # f1 has no partner: f2 would be shown with f1
+        (("a.png", "b.png"), ("c.png",), True),
+        (("a.png", "b.png"), ("c.png", "d.png"), False),  # each camera counts by itself
+        (("f10.png", "f9.PNG"), ("f9.jpg", "f10.JPG"), False),
+    ],
+)
+def test_replay_refuses_folders_whose_names_do_not_match(
+    tmp_path: Path, infrared, visible, refused, monkeypatch, capsys
+):
+    folders = write_images(tmp_path / "ir", *infrared), write_images(tmp_path / "vis", *visible)
+    status, out, err = call(monkeypatch, capsys, "replay", *map(str, folders), "--report", "-")
+    if refused:
+        assert_one_clear_line(status, err, "no partner")
+    else:
+        assert json.loads(out)["frames_in"] == {"ir": 2, "vis": 2}
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_what_a_mac_leaves_beside_pictures_is_no_picture(tmp_path: Path, monkeypatch, capsys):
+    infrared, visible = write_images(tmp_path / "ir", "a.png"), write_images(tmp_path / "vis", "a.png")
+    (infrared / "._a.png").write_bytes(b"resource fork")
+    (visible / "sub.png").mkdir()
+    for arguments in (("replay",), ("fuse", str(tmp_path / "out"))):
+        status, _, err = call(monkeypatch, capsys, arguments[0], str(infrared), str(visible), *arguments[1:])
+        assert status == 0, err
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_fuse_takes_sixteen_bit_infrared_that_was_saved_with_three_channels(tmp_path: Path, monkeypatch, capsys):
+    counts = np.arange(2400, dtype=np.uint16).reshape(40, 60) + 8000
+    infrared = write_images(tmp_path / "ir", "a.png", image=np.dstack([counts] * 3)) / "a.png"
+    visible = write_images(tmp_path / "vis", "a.png") / "a.png"
+    status, _, err = call(monkeypatch, capsys, "fuse", str(infrared), str(visible), str(tmp_path / "out.png"))
+    assert status == 0, err
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_fuse_refuses_two_pictures_of_one_name(tmp_path: Path, monkeypatch, capsys):
+    folders = write_images(tmp_path / "ir", "a.png"), write_images(tmp_path / "vis", "a.png", "a.jpg")
+    status, _, err = call(monkeypatch, capsys, "fuse", *map(str, folders), str(tmp_path / "out"))
+    assert_one_clear_line(status, err, "a.jpg", "a.png", "one name")
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_no_command_replaces_its_own_input(tmp_path: Path, monkeypatch, capsys):
+    folder = write_images(tmp_path / "pictures", "ir.png", "vis.png")
+    infrared, visible = write_video(tmp_path / "ir.mkv", colour=False), write_video(tmp_path / "vis.mkv")
+    stills = [str(folder / "ir.png"), str(folder / "vis.png"), str(folder / ".." / "pictures" / "vis.png")]
+    before = visible.read_bytes(), (folder / "vis.png").read_bytes()
+    for arguments in (["fuse", *stills], ["replay", str(infrared), str(visible), "--output", str(visible)]):
+        status, _, err = call(monkeypatch, capsys, *arguments)
+        assert_one_clear_line(status, err, "input", "choose another place")
+    assert before == (visible.read_bytes(), (folder / "vis.png").read_bytes())
+
+
+def test_what_is_neither_file_nor_folder_is_one_line_and_does_not_wait(tmp_path: Path, monkeypatch, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    address = "rtsp://admin:s3cret@camera/ir"
+    for given, said in ((tmp_path / "pipe", "neither a file nor a folder"), (address, "is an address")):
+        status, _, err = call(monkeypatch, capsys, "replay", str(given), str(given))
+        assert_one_clear_line(status, err, said)
+        assert "s3cret" not in err
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_picture_that_cannot_be_read_is_one_line(tmp_path: Path, capfd, monkeypatch):
+    import cv2
+
+    folder = write_images(tmp_path / "vis", "a.png")
+    (tmp_path / "ir").mkdir()
+    cv2.imwrite(str(tmp_path / "ir" / "a.tiff"), np.zeros((8, 8), np.float32))
+    for arguments in (("replay",), ("fuse", str(tmp_path / "out"))):
+        monkeypatch.setattr(sys, "argv", ["dspfusion", arguments[0], str(tmp_path / "ir"), str(folder), *arguments[1:]])
+        with pytest.raises(SystemExit):
+            cli.main()
+        assert_one_clear_line(2, capfd.readouterr().err, "a.tiff")  # OpenCV writes to the descriptor itself
+
+
 def test_a_missing_recording_is_one_line(tmp_path: Path, monkeypatch, capsys):
     status, _, err = call(monkeypatch, capsys, "replay", str(tmp_path / "ir.mkv"), str(tmp_path / "vis.mkv"))
     assert_one_clear_line(status, err, "ir.mkv does not exist")
@@ -155,8 +248,92 @@ def test_a_calibration_for_another_resolution_is_one_line(tmp_path: Path, monkey
 
     save_rig(true_rig(SyntheticSource(), SyntheticSource()), tmp_path / "rig_calibration.yaml")
     (tmp_path / "rig.yaml").write_text(SYNTHETIC_RIG + "registration: {calibration: rig_calibration.yaml}\n")
-    status, _, err = call(monkeypatch, capsys, "run", str(tmp_path / "rig.yaml"), "--duration", "3")
+    status, _, err = call(monkeypatch, capsys, "run", str(tmp_path / "rig.yaml"), "--duration", "60")
     assert_one_clear_line(status, err.strip().splitlines()[-1], "640x480", "160x1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["replay", "a"], "Missing argument 'VIS': see `dspfusion replay --help`"),
+        (["replay", "a", "b", "--speed", "3"], "No such option"),
+        (["demo", "--duration", "0"], "--duration 0: give a number above 0"),
+        (["demo", "--duration=nan"], "--duration nan"),
+        (["run", "rig.yaml", "--duration=-1"], "--duration -1"),
+        (["subscribe", "tcp://127.0.0.1:9", "--count", "0"], "--count 0"),
+        (["subscribe", "tcp://127.0.0.1:9", "--timeout=-1"], "--timeout -1"),
+        (["subscribe", "tcp://127.0.0.1:9", "--save", "/proc/nothing"], "/proc/nothing"),
+        (["subscribe", "tcp://127.0.0.1:9", "--stream", "depth"], "fused, ir, vis"),
+        (["subscribe", "tcp://127.0.0.1:9", "--codec", "png"], "raw or jpeg"),
+        (["view", "--port", "99999"], "port 99999"),
+    ],
+)
+def test_a_wrong_option_is_one_line(arguments: list[str], said: str, monkeypatch, capsys):
+    status, _, err = call(monkeypatch, capsys, *arguments)
+    assert_one_clear_line(status, err, said)
+
+
+@pytest.mark.parametrize("arguments", [[], ["replay", "a", "b"], ["run"], ["config", "check"], ["view"], ["subscribe"]])
+def test_a_password_in_an_argument_is_in_no_error(arguments: list[str], monkeypatch, capsys):
+    status, out, err = call(monkeypatch, capsys, *arguments, "rtsp://admin:s3cret@camera/ir")
+    assert status == 2
+    assert "s3cret" not in out + err
+    assert "***" in err
+
+
+@pytest.mark.usefixtures("stand_in")
+@pytest.mark.parametrize("command", ["run", "replay", "fuse"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, command: str, monkeypatch, capsys):
+    folder = write_images(tmp_path / "pictures", "a.png")
+    (tmp_path / "rig.yaml").write_text(SYNTHETIC_RIG)
+    given = {"run": [str(tmp_path / "rig.yaml")], "replay": [str(folder)] * 2, "fuse": [str(folder)] * 2 + ["out"]}
+    option = "--json" if command == "fuse" else "--report"
+    before = sorted(tmp_path.rglob("*"))
+    for target in (tmp_path, folder / "a.png" / "report.json"):
+        status, _, err = call(monkeypatch, capsys, command, *given[command], option, str(target))
+        assert_one_clear_line(status, err, "cannot write the report")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_config_check_finds_what_a_run_would_refuse(tmp_path: Path, monkeypatch, capsys):
+    from calibration.rig_file import save_rig
+    from pipeline.config import SyntheticSource
+    from pipeline.sources.synthetic import true_rig
+
+    save_rig(true_rig(SyntheticSource(), SyntheticSource()), tmp_path / "other_size.yaml")
+    infrared = "{kind: synthetic, width: 160, height: 128}"
+    wrong = {
+        "is not read": SYNTHETIC_RIG.replace(infrared, '{kind: stream, url: "ftp://u:s3cret@h/ir"}'),
+        "other machines": SYNTHETIC_RIG.replace("127.0.0.1:*", "0.0.0.0:5599"),
+        "is none": SYNTHETIC_RIG.replace("tcp://127.0.0.1:*", "nonsense"),
+        "160x128": SYNTHETIC_RIG + "registration: {calibration: other_size.yaml}\n",
+    }
+    for said, text in wrong.items():
+        (tmp_path / "rig.yaml").write_text(text)
+        status, _, err = call(monkeypatch, capsys, "config", "check", str(tmp_path / "rig.yaml"))
+        assert_one_clear_line(status, err, said)
+        assert "s3cret" not in err
+    (tmp_path / "rig.yaml").write_text(SYNTHETIC_RIG + "registration: {calibration: later.yaml}\n")
+    status, _, err = call(monkeypatch, capsys, "config", "check", str(tmp_path / "rig.yaml"))
+    assert status == 0
+    assert "later.yaml is not there yet" in " ".join(err.split())
+
+
+def test_a_camera_that_is_still_opening_does_not_abort_the_process(tmp_path: Path):
+    """The simulated cameras take seconds to draw a large street; the run is over before."""
+    (tmp_path / "rig.yaml").write_text(SYNTHETIC_RIG.replace("width: 160, height: 1", "width: 1280, height: 10"))
+    script = (
+        "import pipeline.live, pipeline.cli, sys; from tests.rigs.engines import MaximumEngine; "
+        "pipeline.live.engine_for = lambda _: MaximumEngine(); "
+        "sys.argv = ['dspfusion', 'run', 'rig.yaml', '--duration', '0.1', '--report', '-']; pipeline.cli.main()"
+    )
+    root = Path(__file__).resolve().parent.parent
+    environment = os.environ | {"PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fused"] == 0
 
 
 @pytest.mark.parametrize("rate", ["fast", "0", "-3", "nan"])
@@ -209,9 +386,12 @@ def test_a_signal_ends_a_run_within_two_seconds_with_report_and_status_0(tmp_pat
     )
     try:
         assert process.stderr is not None
-        while "fused frames at" not in process.stderr.readline():
+        while "fused frames at" not in (line := process.stderr.readline()):
             assert process.poll() is None
-        time.sleep(3)
+        with Client(line.split()[-1]) as client:
+            for received in client.all(timeout_s=60):
+                if received.header.sequence > 10:
+                    break
         asked = time.monotonic()
         process.send_signal(number)
         assert process.wait(timeout=10) == 0

@@ -19,6 +19,8 @@ from pipeline.sources.base import MAX_PIXELS, Pace
 os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(MAX_PIXELS))
 import cv2
 
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # we say ourselves what cannot be read, in one line
+
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"})
 
 
@@ -28,17 +30,23 @@ def natural_key(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isascii() and part.isdigit() else (1, 0, part) for part in parts]
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images of a folder in natural name order. Raises SourceError if there are none."""
+def image_files(folder: Path, none_allowed: bool = False) -> list[Path]:
+    """The images of a folder in natural name order. Raises SourceError if there are none, unless that is allowed."""
     try:
-        files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+        with os.scandir(folder) as entries:
+            files = [
+                folder / entry.name
+                for entry in entries
+                # A Mac leaves a "._picture.png" beside each picture.
+                if Path(entry.name).suffix.lower() in SUFFIXES and not entry.name.startswith(".") and entry.is_file()
+            ]
     except FileNotFoundError:
         raise SourceError(f"there is no folder {folder}: check the path") from None
     except NotADirectoryError:
         raise SourceError(f"{folder} is a file, not a folder of images: give it as a stream source") from None
     except PermissionError:
         raise SourceError(f"the folder {folder} may not be read: check its permissions") from None
-    if not files:
+    if not files and not none_allowed:
         kinds = ", ".join(sorted(suffix[1:] for suffix in SUFFIXES))
         raise SourceError(f"the folder {folder} holds no images: it needs files of {kinds}")
     return sorted(files, key=lambda file: (natural_key(file.name), file.name))

@@ -159,6 +159,10 @@ class Viewer:
             ViewerError: the port is in use, or the address is not this machine's.
             ClientError: an endpoint or key that cannot be used.
         """
+        if not 0 <= self.port <= 65535:
+            raise ViewerError(
+                f"the viewer cannot have port {self.port}: choose one from 1 to 65535, or 0 for a free one"
+            )
         if not _is_loopback(self.host):
             log.warning("the viewer on %s shows the video to everybody who can reach it", self.host)
         self._thread = threading.Thread(target=self._run, name="viewer", daemon=True)
@@ -259,8 +263,8 @@ class Viewer:
             try:
                 message = messages.decode(part)
                 self._take(message)
-            except (messages.MessageError, ValueError):
-                self._errors += 1
+            except (messages.MessageError, ClientError, ValueError, TypeError):
+                self._errors += 1  # whatever a publisher sends: the next message may be better
 
     def _take(self, message: messages.Message) -> None:
         header = message.header
