@@ -132,6 +132,7 @@ class Capture:
             "reconnects": self.reconnects,
             "failures": self.failures,
             "stalls": self.stalls,
+            "clock_steps": getattr(self.source, "clock_steps", 0),
         }
 
     # The reading thread

@@ -67,6 +67,13 @@ class StreamCamera:
         self._busy = threading.Lock()
         self._closing = threading.Event()
         self._index = 0
+        self._earlier_steps = 0  # of the connections before this one
+
+    @property
+    def clock_steps(self) -> int:
+        """How often the camera's clock was set, or its time stamps began anew, since the beginning."""
+        reader = self._reader
+        return self._earlier_steps + (reader.clock_steps if isinstance(reader, _LiveReader) else 0)
 
     def open(self) -> None:
         self._closing.clear()
@@ -111,6 +118,7 @@ class StreamCamera:
 
     def _let_go(self) -> None:
         if self._reader is not None:
+            self._earlier_steps = self.clock_steps
             self._reader.close()
             self._reader = None
 
@@ -256,6 +264,10 @@ class _LiveReader:
         self._started = False
         self._suspect = False
         self.period_ns = _nominal_period_ns(stream)
+
+    @property
+    def clock_steps(self) -> int:
+        return self._capture_time.steps
 
     def read(self, index: int) -> Frame:
         give_up = time.monotonic() + self._read_timeout_s
