@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from engines.arrays import last_line
 from engines.base import EngineError
@@ -233,7 +234,11 @@ class TensorRTEngine(GPUEngine):
     def _build(
         self, module: nn.Module, example: tuple[Tensor, ...], inputs: tuple[Any, ...], dynamic_shapes: Any
     ) -> Graph:
+        exact = module is self._prior or self.description.precision == "fp32"
         with torch.no_grad(), self._timing_cache() as timing_cache:
+            if module is self._prior:
+                # Plain numbers of the noise schedule are computed with tensors; traced so, they stay plain numbers.
+                module = make_fx(module, pre_dispatch=True)(*example)
             program = torch.export.export(module.eval(), example, dynamic_shapes=dynamic_shapes)
             compiled: Graph = self._trt.dynamo.compile(
                 program,
@@ -242,7 +247,7 @@ class TensorRTEngine(GPUEngine):
                 require_full_compilation=True,  # a network in pieces is no longer one CUDA graph
                 optimization_level=OPTIMIZATION_LEVEL,
                 num_avg_timing_iters=TIMING_RUNS,
-                disable_tf32=self.description.precision == "fp32" or module is self._prior,
+                disable_tf32=exact,
                 immutable_weights=True,
                 hardware_compatible=False,
                 version_compatible=False,
