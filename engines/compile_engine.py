@@ -65,8 +65,9 @@ class CompileEngine(GPUEngine):
             raise
         except Exception as error:
             # Whatever goes wrong in a compiler says nothing about the network: it runs without.
-            line = f"torch.compile with {self._backend}: {last_line(error)}: the uncompiled network is replayed"
-            log.warning("runtime compile: %s", line)
+            reason = last_line(getattr(error, "inner_exception", None) or error)  # the outer text ends in advice
+            line = f"compile: torch.compile cannot work here ({reason}): the uncompiled network is replayed"
+            log.warning("runtime %s", line)
             self._backend = "none"
             self.description = replace(self.description, fallbacks=(*self.description.fallbacks, line))
             return self._frame
