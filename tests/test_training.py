@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
-import tarfile
+import json
+import os
+import signal
+import threading
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,55 +19,37 @@ from safetensors.torch import load_file
 
 from engines.base import EngineError
 from engines.dspfusion import variants
-from engines.dspfusion.variants import VARIANTS, load
-from engines.training.config import TrainConfig, read_config
-from engines.training.data import IGNORED, Draw, Pair, draw_batch, read_pairs
-from engines.training.losses import chroma, fusion_losses, info_nce, luminance, structural_similarity
-from engines.training.train import Training, main, take_fitting, train
-
-DRAW = Draw(region_px=64, crop_px=32)
+from engines.dspfusion.variants import load
+from engines.training import journal as journal_module
+from engines.training import train as train_module
+from engines.training.checkpoint import read_checkpoint, write_whole
+from engines.training.config import TrainConfig, checked, read_config
+from engines.training.data import IGNORED, Batch, Pair, draw_batch, hold_back, read_pairs
+from engines.training.journal import Journal
+from engines.training.losses import (
+    LossWeights,
+    chroma,
+    fusion_losses,
+    info_nce,
+    luminance,
+    structural_similarity,
+    teacher_losses,
+)
+from engines.training.stages import Noise, image_losses, weighted
+from engines.training.train import Training, main, take_fitting, train, with_minutes
+from tests.rigs.training import DRAW, TINY, write_dataset
 
 
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network small enough for a test, under a name of its own, and one thread: two wait for each other."""
     torch.set_num_threads(1)
-    tiny = dataclasses.replace(
-        VARIANTS["nano"],
-        name="tiny",
-        widths=(8, 8, 8),
-        degradation_width=8,
-        degradation_blocks=1,
-        semantic_width=8,
-        semantic_blocks=1,
-        denoiser_width=16,
-        denoiser_layers=1,
-    )
-    monkeypatch.setitem(variants.VARIANTS, "tiny", tiny)
+    monkeypatch.setitem(variants.VARIANTS, "tiny", TINY)
 
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """Three synthetic pairs of two subsets in one tar part."""
-    folder = tmp_path / "data"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    rows = []
-    with tarfile.open(folder / "part.tar", "w") as tar:
-        for name, subset, size in (("a", "road", (80, 96)), ("b", "road", (40, 48)), ("c", "wood", (80, 80))):
-            visible = cv2.resize(random.integers(0, 255, (6, 6, 3), np.uint8), size[::-1])
-            for kind, picture in (("ir", visible[..., 0]), ("vi", visible)):
-                encoded = cv2.imencode(".png", picture)[1].tobytes()
-                member = tarfile.TarInfo(f"{subset}/{kind}/{name}.png")
-                member.size = len(encoded)
-                tar.addfile(member, io.BytesIO(encoded))
-            paths = {"ir": f"{subset}/ir/{name}.png", "vi": f"{subset}/vi/{name}.png"}
-            rows.append({"subset": subset, "name": name, "tar": "part.tar", **paths})
-    with (folder / "index.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-    return folder
+    return write_dataset(tmp_path / "data")
 
 
 @pytest.fixture
@@ -81,7 +65,12 @@ def config(dataset: Path, tmp_path: Path) -> TrainConfig:
         warm_up_items=4,
         warm_up_iterations=2,
         draw=DRAW,
+        device="cpu",
     )
+
+
+def changed(config: TrainConfig, **values: Any) -> TrainConfig:
+    return checked(config.model_dump() | values, "test")
 
 
 def pairs_of(config: TrainConfig) -> list[Pair]:
@@ -154,18 +143,105 @@ def test_the_later_stages_reach_one_part_alone(config: TrainConfig, stage: int, 
 
 
 def test_a_resumed_training_ends_where_an_unbroken_one_does(config: TrainConfig, tmp_path: Path):
-    pairs = pairs_of(config)
-    unbroken = Training(config, pairs)
-    unbroken.run()
-    for stop in (1, 3, 5):  # within each stage
-        broken = Training(config, pairs)
-        broken.run(tmp_path / "a.checkpoint", stop_after=stop)
-        resumed = Training(config, pairs)
-        resumed.load(tmp_path / "a.checkpoint")
-        resumed.run()
-        assert resumed.done == [2, 2, 2, 0]
-        for name, value in unbroken.average.items():
-            assert torch.equal(value, resumed.average[name]), (stop, name)
+    """With every option on: video, a teacher, bf16, a shortcut of the diffusion, pairs held back."""
+    teacher = Training(config, pairs_of(config))
+    teacher.export(tmp_path / "teacher.safetensors")
+    every = changed(
+        config,
+        iterations=(2, 2, 2, 2),
+        videos=str(tmp_path),
+        precision="bf16",
+        held_back=1,
+        validate_minutes=1e-5,
+        teacher={"variant": "tiny", "weights": str(tmp_path / "teacher.safetensors")},
+        weights={"few_steps": 1.0},
+        drawing_threads=2,
+    )
+    pairs, clips = pairs_of(config), [pairs_of(config)[:1] * 2]
+    unbroken = Training(every, pairs, clips)
+    assert unbroken.run()
+    for stop_after in (1, 2, 2, 2, None):  # within each stage, and then on to the end
+        broken = Training(every, pairs, clips)
+        if (tmp_path / "a.checkpoint").exists():
+            broken.load(tmp_path / "a.checkpoint")
+        assert broken.run(tmp_path / "a.checkpoint", stop_after) == (stop_after is None)
+    assert broken.done == [2, 2, 2, 2]
+    for name, value in unbroken.average.items():
+        assert torch.equal(value, broken.average[name]), name
+
+
+def test_a_checkpoint_of_three_stages_goes_on_as_one_without_video(config: TrainConfig, tmp_path: Path):
+    path = tmp_path / "old.checkpoint"
+    Training(config, pairs_of(config)).run(path, stop_after=3)
+    state = torch.load(path)
+    del state["config"], state["processes"]
+    state |= {"done": state["done"][:3], "spent_s": state["spent_s"][:3]}
+    torch.save(state, path)
+    resumed = Training(config, pairs_of(config))
+    resumed.load(path)
+    assert (resumed.stage, resumed.done) == (2, [2, 1, 0, 0])
+    assert resumed.run()
+
+
+def test_a_finished_training_goes_on_with_a_stage_that_is_added(config: TrainConfig, tmp_path: Path):
+    path = tmp_path / "a.checkpoint"
+    Training(changed(config, iterations=(1, 1, 1)), pairs_of(config)).run(path)
+    longer = Training(changed(config, iterations=(1, 1, 1, 2), videos=str(tmp_path)), pairs_of(config))
+    longer.load(path)
+    assert longer.run()
+    assert longer.done == [1, 1, 1, 2]
+
+
+def test_a_checkpoint_that_does_not_belong_here_is_refused_in_one_line(config: TrainConfig, tmp_path: Path):
+    path = tmp_path / "a.checkpoint"
+    training = Training(config, pairs_of(config))
+    training.save(path)
+    with pytest.raises(EngineError, match=r"another configuration \(batch: 2 then, 4 now, draw.crop_px: 32 then, 16"):
+        read_checkpoint(path, changed(config, batch=4, draw={"region_px": 64, "crop_px": 16}))
+    with pytest.raises(EngineError, match="a checkpoint of 'tiny', not of 'nano'"):
+        read_checkpoint(path, changed(config, variant="nano"))
+    read_checkpoint(path, changed(config, minutes=99, threads=2, precision="bf16"))  # where and how long may change
+    torch.save({"weights": 1}, tmp_path / "b.checkpoint")
+    with pytest.raises(EngineError, match="no checkpoint of a training"):
+        read_checkpoint(tmp_path / "b.checkpoint", config)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(EngineError, match="is damaged") as error:
+        read_checkpoint(path, config)
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path):
+    path = tmp_path / "a.checkpoint"
+    path.write_text("old")
+
+    def fails(partial: Path) -> None:
+        partial.write_text("half of the n")
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space"):
+        write_whole(path, fails)
+    assert path.read_text() == "old"
+
+
+def test_a_new_training_keeps_the_checkpoint_of_an_earlier_one(config: TrainConfig):
+    short = changed(config, iterations=(1, 0, 0), warm_up_items=0)
+    first = train(short)
+    before = first.checkpoint.read_bytes()
+    train(short)
+    assert first.checkpoint.with_name("tiny.previous.checkpoint").read_bytes() == before
+
+
+def test_a_signal_saves_and_ends_with_one_line(config: TrainConfig, capsys: pytest.CaptureFixture[str]):
+    endless = changed(config, iterations=(10_000, 0, 0), warm_up_items=0)
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    timer.start()
+    outcome = train(endless)
+    assert not outcome.finished
+    assert outcome.iterations[0] < 10_000
+    assert torch.load(outcome.checkpoint)["done"] == outcome.iterations
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped in stage I after ")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_training_exports_weights_that_load(config: TrainConfig):
@@ -204,11 +280,193 @@ def test_the_command_reads_its_configuration(config: TrainConfig, tmp_path: Path
     assert capsys.readouterr().out.strip().endswith("tiny.safetensors")
 
 
-def test_unknown_keys_are_refused(tmp_path: Path):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learning: fast", "learning: Extra inputs are not permitted"),
+        ("draw: {regoin_px: 64}", "draw.regoin_px: Unexpected keyword argument"),
+        ("weights: {colour: -1}", "weights.colour: Input should be greater than or equal to 0"),
+        ("draw: {region_px: 64}", "a crop of 128 pixels does not fit into a region of 64"),
+        ("variant: giant", "there is no variant 'giant': choose one of base, small, nano, tiny"),
+        ("teacher: {variant: giant}", "there is no variant 'giant'"),
+        ("shares: [1, 1, 1, 1]", "stage IV learns from video: name a folder in `videos`"),
+        ("shares: [0, 0, 0]", "no stage is given any time"),
+        ("shares: [1, 1]", "shares"),
+        ("minutes: soon", "minutes: Input should be a valid number"),
+        ("precision: fp8", "precision: Input should be 'fp32' or 'bf16'"),
+        ("batch: [", "is no YAML file"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_in_one_line(tmp_path: Path, text: str, said: str):
     path = tmp_path / "train.yaml"
-    path.write_text("data: x\noutput: y\nlearning: fast\n")
-    with pytest.raises(EngineError, match="learning"):
+    path.write_text(f"data: x\noutput: y\n{text}\n")
+    with pytest.raises(EngineError) as error:
         read_config(path)
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_the_shipped_configurations_are_valid():
+    folder = Path(__file__).resolve().parent.parent / "configs"
+    variants_of = {path.stem: read_config(path).variant for path in sorted(folder.glob("train_*.yaml"))}
+    assert variants_of == {
+        "train_base": "base",
+        "train_nano": "nano",
+        "train_nano_distil": "nano",
+        "train_small": "small",
+    }
+
+
+def test_three_shares_and_rates_leave_the_video_stage_out(config: TrainConfig):
+    assert changed(config, shares=(1, 2, 3)).shares == (1, 2, 3, 0)
+    assert changed(config, rates=(0.3, 0.2, 0.1)).rates == (0.3, 0.2, 0.1, 0.1)
+
+
+def test_minutes_on_the_command_line_replace_exact_iterations(config: TrainConfig):
+    assert with_minutes(config, None) is config
+    assert with_minutes(config, 3.0).iterations is None
+    with pytest.raises(EngineError, match="minutes: Input should be greater than 0"):
+        with_minutes(config, 0.0)
+
+
+def test_a_teacher_without_weights_is_refused_in_one_line(config: TrainConfig):
+    with pytest.raises(EngineError, match=r"there are no weights none\.safetensors for variant 'tiny'") as error:
+        Training(changed(config, teacher={"variant": "tiny", "weights": "none.safetensors"}), pairs_of(config))
+    assert "\n" not in str(error.value)
+
+
+def test_a_teacher_counts_its_share_in_stages_one_and_three_and_learns_nothing(config: TrainConfig, tmp_path: Path):
+    plain = Training(config, pairs_of(config))
+    plain.export(tmp_path / "teacher.safetensors")
+    taught = Training(
+        changed(config, teacher={"variant": "tiny", "weights": str(tmp_path / "teacher.safetensors"), "share": 0.25}),
+        pairs_of(config),
+    )
+    assert taught.teacher is not None
+    batch = draw_batch(taught.pairs, 2, DRAW, 1, 0)
+    own = image_losses(taught.network, batch, 3, Noise(4))
+    both = image_losses(taught.network, batch, 3, Noise(4), taught.teacher)
+    # The student is the teacher's twin: only what the clean sources say is left, with three quarters of its weight.
+    assert both["teacher_intensity"].item() == pytest.approx(0, abs=1e-6)
+    assert weighted(both, LossWeights(), 0.25).item() == pytest.approx(0.75 * weighted(own, LossWeights()).item())
+    assert "teacher_intensity" not in image_losses(taught.network, batch, 2, Noise(4), taught.teacher)
+    taught.step(batch)
+    assert all(parameter.grad is None for parameter in taught.teacher.network.parameters())
+
+
+def test_the_distance_to_a_teacher_is_that_of_pictures_and_gradients():
+    ramp = torch.arange(8.0).expand(1, 3, 8, 8) / 8
+    losses = teacher_losses(ramp, ramp * 0.5)
+    assert losses["teacher_intensity"].item() == pytest.approx(0.5 * 3.5 / 8)
+    assert losses["teacher_gradient"].item() == pytest.approx(0.5 * 8 / 8 / 2)  # along x 8 x the slope, along y none
+
+
+def test_the_shortcut_of_the_diffusion_reaches_the_denoiser_alone(config: TrainConfig):
+    training = Training(changed(config, weights={"few_steps": 1.0}), pairs_of(config))
+    training.stage = 2
+    training.optimizer = training._optimizer()
+    losses = image_losses(
+        training.network, draw_batch(training.pairs, 2, DRAW, 1, 0), 2, training._noise(drawn(training)), few_steps=True
+    )
+    assert losses["few_steps"].item() > 0
+    losses["few_steps"].backward()
+    for name, parameter in training.network.named_parameters():
+        reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+        assert reached == name.startswith("diffusion."), name
+
+
+def drawn(training: Training) -> Batch:
+    return draw_batch(training.pairs, 2, DRAW, 1, 0)
+
+
+def test_bf16_trains_in_float32_and_leaves_the_head_precise(config: TrainConfig):
+    full, half = (Training(changed(config, precision=precision), pairs_of(config)) for precision in ("fp32", "bf16"))
+    losses = [image_losses(t.network, drawn(t), 3, Noise(4), half=t.half) for t in (full, half)]
+    for name, value in losses[1].items():
+        assert value.dtype == torch.float32
+        assert value.item() == pytest.approx(losses[0][name].item(), rel=0.05, abs=1e-3)
+    half.step(drawn(half))
+    assert all(parameter.dtype == torch.float32 for parameter in half.network.parameters())
+
+
+def test_pairs_are_held_back_evenly_and_never_drawn():
+    pairs = [Pair(np.full((2, 2), number, np.uint8), np.zeros((2, 2, 3), np.uint8)) for number in range(10)]
+    kept, held = hold_back(pairs, 2)
+    assert [int(pair.infrared[0, 0]) for pair in held] == [2, 7]
+    assert len(kept) == 8
+    assert hold_back(pairs, 0) == (pairs, [])
+    with pytest.raises(EngineError, match="nothing is left to learn from"):
+        hold_back(pairs, 10)
+
+
+def test_the_journal_tells_losses_validation_priors_and_pictures(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train_module, "REPORTED_ITERATIONS", 2)
+    outcome = train(changed(config, held_back=1, iterations=(2, 1, 0), batch=1, warm_up_items=0))
+    rows = [json.loads(line) for line in (Path(config.output) / "log.jsonl").read_text().splitlines()]
+    assert [row["what"] for row in rows] == [
+        "train",
+        "validation",
+        "validation",
+        *(f"priors_{steps}_steps" for steps in (10, 4, 2, 1, 0)),
+    ]
+    assert rows[0]["stage"] == "I"
+    assert rows[0]["step"] == 2
+    assert rows[0]["structure"] > 0
+    assert {"total", "infrared_named", "flicker", "warped"} <= outcome.validation.keys() <= rows[2].keys()
+    assert rows[3]["tokens"] > 0
+    sheets = sorted((Path(config.output) / "pictures").iterdir())
+    assert [sheet.name for sheet in sheets] == ["0000002_stage_I.png", "0000003_stage_II.png"]
+    assert cv2.imread(str(sheets[0])).shape == (64, 4 * 64, 3)
+
+
+def test_a_journal_that_goes_on_drops_what_will_come_again(tmp_path: Path):
+    journal = Journal(tmp_path)
+    for step in (50, 100, 150):
+        journal.note("train", "I", step, step, 1.0, {"colour": 0.5})
+    journal.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"what": "tra')  # cut off by a power failure
+    Journal(tmp_path, step=100).close()
+    assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [50, 100]
+
+
+def test_a_missing_tensorboard_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    monkeypatch.setattr(journal_module, "find_spec", lambda _: None)
+    Journal(tmp_path).close()
+    said = capsys.readouterr().err.split()
+    assert " ".join(said).startswith("TensorBoard is not installed")
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_four_pairs_are_learned_by_heart(config: TrainConfig):
+    """Within 40 iterations at a high rate the brightness comes twice as near, and the degradations have their names."""
+    training = Training(changed(config, iterations=(40, 0, 0), rates=(2e-2, 1e-3, 1e-3)), pairs_of(config))
+    batch = draw_batch(training.pairs, 4, dataclasses.replace(DRAW, clean_share=0, missing_share=0), 1, 0)
+    before = image_losses(training.network, batch, 1)
+    for _ in range(40):
+        training.step(batch)
+        training.done[0] += 1
+    after = image_losses(training.network, batch, 1)
+    assert after["intensity"] < before["intensity"] / 2
+    assert after["naming"] < before["naming"] / 10
+
+
+def test_a_loss_that_is_no_number_ends_the_training(config: TrainConfig):
+    training = Training(config, pairs_of(config))
+    batch = drawn(training)
+    with pytest.raises(EngineError, match="lower its rate, and go on with --resume"):
+        training.step(batch._replace(visible=batch.visible * float("nan")))
+
+
+def test_draws_stay_as_they_were_when_a_training_is_resumed_by_a_newer_version():
+    random = np.random.default_rng(0)
+    pairs = [
+        Pair(random.integers(0, 255, (100, 120), np.uint8), random.integers(0, 255, (100, 120, 3), np.uint8))
+        for _ in range(5)
+    ]
+    batch = draw_batch(pairs, 8, DRAW, 29, 0)
+    assert batch.infrared_kind.tolist() == [0, 0, 2, 3, 3, 2, 4, 2]
+    assert batch.visible_kind.tolist() == [4, 2, 4, 0, 0, 5, 7, 4]
 
 
 def test_the_brighter_source_has_no_intensity_loss():

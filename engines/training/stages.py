@@ -31,7 +31,7 @@ NAMES = ("I", "II", "III", "IV")
 WARM_UP_RATE = 3e-3
 WARM_UP_DRAWS = 3  # which of a seed's streams of draws the warm-up takes; the still stages take 0, 1 and 2
 SEMANTIC_STEP = 4  # a region is reduced by this, as a 640 x 480 frame is for its semantic view
-IMAGE_LOSSES = ("structure", "intensity", "consistency", "colour", "gradient")
+IMAGE_LOSSES = ("structure", "fidelity", "intensity", "consistency", "colour", "gradient")
 TAUGHT_STAGES = (1, 3)
 
 

@@ -316,12 +316,13 @@ class Training:
                 f"{path.name} was written by {state.get('processes', 1)} processes, and {self.team.size} go on: "
                 "their draws are others than an unbroken training would have seen"
             )
-        self.stage, self.done, self.spent_s = state["stage"], state["done"], state["spent_s"]
+        # A finished training goes on with its last stage, should that have been given more to do.
+        self.stage, self.done, self.spent_s = min(state["stage"], STAGES), state["done"], state["spent_s"]
         self.recent = state["recent"]
         self.network.load_state_dict(state["network"])
         self.average = {name: value.to(self.team.device) for name, value in state["average"].items()}
         self.optimizer = self._optimizer()
-        if self.done[min(self.stage, STAGES) - 1] > 0:
+        if self.done[self.stage - 1] > 0:
             self.optimizer.load_state_dict(state["optimizer"])
 
     def export(self, path: Path) -> None:
