@@ -11,7 +11,7 @@ nothing to say weigh nothing, and their number says whether the answer may be tr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import cv2
@@ -51,9 +51,23 @@ THUMBNAIL = (32, 24)
 DEGRADED_PX, LOST_PX = 2.0, 4.0  # of displacement
 HEALTH_SPAN_PX = 8.0  # displacement at which nothing is left of the health
 
+AGREEING = 0.1  # product of two edges that are strong and run the same way
 MIN_EVIDENCE = 15.0  # log of how much more probable the pictures are together than as strangers
 MIN_BLOCKS = 6  # that support the answer
 MIN_SPREAD = 0.07  # of the picture's width and height: root mean square distance of these blocks from their middle
+MIN_AGREEMENT = (
+    0.05  # the outline of one near person alone is 0.03, and he may have moved; real scenes have 0.08 and more
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Fields:
+    """The edges of a pair, at the working size; see `edge_field`."""
+
+    infrared: np.ndarray  # float32 (h, w, 2), 0 where the infrared picture is not valid
+    visible: np.ndarray
+    valid: float  # share of the picture where infrared is valid
+    size: tuple[int, int]  # (width, height) of the picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,11 +93,13 @@ class Residual:
     spread: float  # of these blocks over the picture, see MIN_SPREAD
     peak_distance_px: float  # from "aligned" to the peak of the whole picture's correlation
     size: tuple[int, int]
+    agreement: float = 1.0  # share of the valid picture where both cameras see the same edge
 
     @property
     def informative(self) -> bool:
         """Whether the pictures have enough in common to say anything. False is no sign of misalignment."""
-        return self.evidence >= MIN_EVIDENCE and self.blocks >= MIN_BLOCKS and self.spread >= MIN_SPREAD
+        enough = self.evidence >= MIN_EVIDENCE and self.blocks >= MIN_BLOCKS
+        return enough and self.spread >= MIN_SPREAD and self.agreement >= MIN_AGREEMENT
 
     @property
     def matrix(self) -> np.ndarray:
@@ -146,22 +162,45 @@ class Verdict:
 
 
 def measure(infrared: np.ndarray, visible: np.ndarray, weight: np.ndarray | None = None) -> Residual:
-    """The residual transform of one pair, as it is seen: see `survey` and `correlate`."""
+    """The residual transform of one pair, as it is seen: see `survey`."""
     return survey(infrared, visible, weight).residual
 
 
 def survey(infrared: np.ndarray, visible: np.ndarray, weight: np.ndarray | None = None) -> Survey:
-    """Compares one pair; looks far only if nothing is found near. Arguments as of `correlate`."""
+    """Compares one pair; looks far only if nothing is found near. Arguments as of `fields_of`."""
     thumbnail = thumbnail_of(visible)
-    surfaces = correlate(infrared, visible, weight)
-    near = fit([surfaces])
-    if near.informative:
+    fields = fields_of(infrared, visible, weight)
+    surfaces = correlate(fields)
+    near = _with_agreement(fit([surfaces]), fields)
+    if near.informative and not _at_the_edge(near):
         return Survey(surfaces, near, False, thumbnail)
-    far_surfaces = correlate(infrared, visible, weight, wide=True)
-    far = fit([far_surfaces], sigma=COLD_SIGMA)
+    far_surfaces = correlate(fields, wide=True)
+    far = _with_agreement(fit([far_surfaces], sigma=COLD_SIGMA), fields)
     if far.informative and far.evidence > near.evidence:
         return Survey(far_surfaces, far, True, thumbnail)
     return Survey(surfaces, near, False, thumbnail)
+
+
+def _at_the_edge(residual: Residual) -> bool:
+    """Whether the answer lies so far off that a better one may lie beyond what was searched."""
+    scale = _working_size(residual.size)[0] / residual.size[0]
+    return float(np.abs(residual.parameters[:2]).max()) * scale > RADIUS - 2
+
+
+def _with_agreement(residual: Residual, fields: Fields) -> Residual:
+    """The residual with the share of the picture whose edges agree under it."""
+    if residual.evidence < MIN_EVIDENCE:
+        return replace(residual, agreement=0.0)
+    height, width = fields.visible.shape[:2]
+    # From the picture's pixels to the working ones, whose first middle is half a working pixel from the corner.
+    shrink = np.diag([width / residual.size[0], height / residual.size[1], 1.0])
+    half = np.array([[1, 0, -0.5], [0, 1, -0.5], [0, 0, 1]])
+    to_working = half @ shrink @ np.linalg.inv(half)
+    moved = (to_working @ residual.matrix @ np.linalg.inv(to_working))[:2]
+    visible = cv2.warpAffine(fields.visible, moved, (width, height), flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP)
+    products = cv2.multiply(visible, fields.infrared)
+    agreeing = np.count_nonzero(products[..., 0] + products[..., 1] > AGREEING)
+    return replace(residual, agreement=agreeing / (width * height * max(fields.valid, 1e-6)))
 
 
 def settle(surveys: Sequence[Survey]) -> Verdict:
@@ -236,44 +275,54 @@ def thumbnail_of(visible: np.ndarray) -> np.ndarray:
     return np.asarray(small if small.ndim == 2 else cv2.cvtColor(small, cv2.COLOR_RGB2GRAY))
 
 
-def correlate(
-    infrared: np.ndarray, visible: np.ndarray, weight: np.ndarray | None = None, wide: bool = False
-) -> Surfaces:
-    """Compares the blocks of a pair.
+def fields_of(infrared: np.ndarray, visible: np.ndarray, weight: np.ndarray | None = None) -> Fields:
+    """The edges of a pair.
 
     Args:
         infrared: uint8 (H, W), on the visible camera's pixels.
         visible: uint8 (H, W), or RGB (H, W, 3).
         weight: float32 (H, W), below 1 where the infrared picture is not valid; None: valid everywhere.
-        wide: looks for shifts of up to a twentieth of the picture's width and rolls of 3 degrees; otherwise for half
-            of that shift, and 1 degree.
 
     Raises:
         CalibrationError: sizes differ, or are too small to hold a block.
     """
-    if visible.ndim == 3:
-        visible = cv2.cvtColor(visible, cv2.COLOR_RGB2GRAY)
-    if infrared.shape != visible.shape:
+    if infrared.shape[:2] != visible.shape[:2]:
         raise CalibrationError(
             f"the infrared picture is {infrared.shape[1]}x{infrared.shape[0]} and the visible one "
             f"{visible.shape[1]}x{visible.shape[0]}: bring infrared onto the visible pixels first"
         )
-    height, width = visible.shape
-    working = _working_size((width, height))
-    if not comparable((width, height)):
-        raise CalibrationError(f"pictures of {width}x{height} are too small or too narrow to be compared")
-    inside = None if weight is None else _inside(weight, working)
-    fields = [edge_field(_shrunk(picture, working)) for picture in (infrared, visible)]
-    if inside is not None:
-        fields[0] = fields[0] * inside[..., None]
+    size = (visible.shape[1], visible.shape[0])
+    working = _working_size(size)
+    if not comparable(size):
+        raise CalibrationError(f"pictures of {size[0]}x{size[1]} are too small or too narrow to be compared")
+    small = _shrunk(visible, working)
+    if small.ndim == 3:
+        small = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+    edges, valid = edge_field(_shrunk(infrared, working)), 1.0
+    if weight is not None:
+        inside = _inside(weight, working)
+        edges, valid = edges * inside[..., None], float(inside.mean())
+    return Fields(edges, edge_field(small), valid, size)
+
+
+def correlate(fields: Fields, wide: bool = False) -> Surfaces:
+    """Compares the blocks of a pair.
+
+    Args:
+        fields: the pair's edges.
+        wide: looks for shifts of up to a twentieth of the picture's width and rolls of 3 degrees; otherwise for half
+            of that shift, and 1 degree.
+    """
     start = np.zeros(4)
     if wide:
-        half = [cv2.resize(field, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA) for field in fields]
+        half = [
+            cv2.resize(field, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+            for field in (fields.infrared, fields.visible)
+        ]
         if min(half[0].shape[:2]) >= WINDOW:
-            start = fit(
-                [_surfaces(half[0], half[1], start, (width, height))], sigma=COLD_SIGMA, rolls=WIDE_ROLLS
-            ).parameters
-    return _surfaces(fields[0], fields[1], start, (width, height))
+            coarse = _surfaces(half[0], half[1], start, fields.size)
+            start = fit([coarse], sigma=COLD_SIGMA, rolls=WIDE_ROLLS).parameters
+    return _surfaces(fields.infrared, fields.visible, start, fields.size)
 
 
 def comparable(size: tuple[int, int]) -> bool:

@@ -1,0 +1,299 @@
+"""The residual transform: its direction, its accuracy on real pairs, and when it says that it does not know."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from calibration.residual import (
+    comparable,
+    displacement_px,
+    fields_of,
+    parameters_of,
+    settle,
+    similarity,
+    survey,
+    thumbnail_of,
+)
+from calibration.rig import CalibrationError
+from calibration.warp import Warp
+from pipeline.cli import app
+from pipeline.commands.check import check_alignment
+from pipeline.errors import SourceError
+
+SIZE = (640, 480)
+
+
+def scene(seed: int = 0, size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.ndarray]:
+    """Infrared and visible picture of the same shapes, aligned; each shape has grey levels of its own in either."""
+    random = np.random.default_rng(seed)
+    infrared, visible = np.full(size[::-1], 90, np.uint8), np.full(size[::-1], 120, np.uint8)
+    for _ in range(60):
+        x, y = random.integers(0, size[0]), random.integers(0, size[1])
+        half = tuple(int(side) for side in random.integers(8, 60, 2))
+        box = cv2.boxPoints(((float(x), float(y)), half, float(random.uniform(0, 180)))).astype(np.int32)
+        for picture in (infrared, visible):
+            cv2.fillConvexPoly(picture, box, int(random.integers(20, 235)), cv2.LINE_AA)
+    pictures = (cv2.GaussianBlur(picture, (0, 0), 1.0) for picture in (infrared, visible))
+    noisy = [np.clip(picture + random.normal(0, 2, picture.shape), 0, 255).astype(np.uint8) for picture in pictures]
+    return noisy[0], noisy[1]
+
+
+def warped(infrared: np.ndarray, truth: np.ndarray, border: int = cv2.BORDER_REPLICATE) -> np.ndarray:
+    """The infrared picture as a rig would hand it over that is off by `truth`: its pixel p belongs to truth p."""
+    size = (infrared.shape[1], infrared.shape[0])
+    return cv2.warpPerspective(infrared, truth, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP, borderMode=border)
+
+
+def error_px(found: np.ndarray, truth: np.ndarray, size: tuple[int, int] = SIZE) -> float:
+    x, y = np.meshgrid(np.linspace(0, size[0] - 1, 9), np.linspace(0, size[1] - 1, 7))
+    grid = np.stack([x.ravel(), y.ravel(), np.ones(x.size)])
+    one, other = found @ grid, truth @ grid
+    return float(np.linalg.norm(one[:2] / one[2] - other[:2] / other[2], axis=0).mean())
+
+
+def found_in(infrared: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    return settle([survey(infrared, visible)]).matrix
+
+
+def person(x: int, level: int, background: int) -> np.ndarray:
+    """A near person and nothing else."""
+    picture = np.full(SIZE[::-1], background, np.uint8)
+    cv2.ellipse(picture, (320 + x, 140), (90, 115), 0, 0, 360, level, -1, cv2.LINE_AA)
+    cv2.ellipse(picture, (320 + x, 480), (230, 240), 0, 0, 360, level, -1, cv2.LINE_AA)
+    noise = np.random.default_rng(level).normal(0, 2, picture.shape)
+    return np.clip(picture + noise, 0, 255).astype(np.uint8)
+
+
+def test_the_matrix_maps_an_infrared_pixel_to_its_visible_pixel():
+    infrared, visible = scene()
+    # The visible picture's content lies 5 right of and 3 above where infrared shows it: p belongs to p + (5, -3).
+    moved = np.roll(visible, (-3, 5), (0, 1))
+    matrix = found_in(infrared, moved)
+    assert matrix[:2, 2] == pytest.approx((5, -3), abs=0.3)
+    assert matrix[:2, :2] == pytest.approx(np.eye(2), abs=0.003)
+
+
+def test_moving_infrared_by_the_matrix_aligns_it():
+    infrared, visible = scene(1)
+    off = warped(infrared, similarity(np.array([-4.0, 5.0, 0.006, 0.003]), SIZE))
+    matrix = found_in(off, visible)
+    mended = cv2.warpPerspective(off, matrix, SIZE, borderMode=cv2.BORDER_REPLICATE)
+    inner = (slice(20, -20), slice(20, -20))
+    before, after = (cv2.absdiff(picture, infrared)[inner].mean() for picture in (off, mended))
+    assert after < 0.3 * before
+
+
+@pytest.mark.parametrize("border", [cv2.BORDER_REPLICATE, cv2.BORDER_CONSTANT])
+@pytest.mark.parametrize("truth", [(6, -6, 0.0087, 0.005), (-6, 2, -0.0087, -0.005), (3, 4, 0, 0)])
+def test_shift_roll_and_scale_of_a_clear_scene_are_found_to_half_a_pixel(truth, border):
+    infrared, visible = scene(2)
+    matrix = similarity(np.array(truth), SIZE)
+    assert error_px(found_in(warped(infrared, matrix, border), visible), matrix) < 0.5
+
+
+def test_polarity_brightness_and_size_do_not_matter():
+    truth = similarity(np.array([4.0, -2.0, 0, 0]), SIZE)
+    infrared, visible = scene(3)
+    off = warped(infrared, truth)
+    for other in (255 - off, (off * 0.3).astype(np.uint8)):
+        assert error_px(found_in(other, visible), truth) < 0.5
+    large = [cv2.resize(picture, (1280, 960)) for picture in (off, visible)]
+    truth = similarity(np.array([8.0, -4.0, 0, 0]), (1280, 960))
+    assert error_px(found_in(*large), truth, (1280, 960)) < 1.0
+
+
+def test_a_shift_beyond_the_near_search_is_found_by_looking_far():
+    infrared, visible = scene(4)
+    truth = similarity(np.array([-27.0, 14.0, 0.03, 0.02]), SIZE)
+    assert error_px(found_in(warped(infrared, truth), visible), truth) < 2
+
+
+def test_identical_and_aligned_pictures_give_the_identity():
+    infrared, visible = scene(5)
+    for pair in ((visible, visible), (infrared, visible)):
+        verdict = settle([survey(*pair)])
+        assert verdict.state == "ok"
+        assert verdict.health > 0.9
+        assert displacement_px(verdict.matrix, SIZE) < 0.1
+
+
+@pytest.mark.parametrize("displacement", [(0, "ok"), (3, "degraded"), (7, "lost")])
+def test_the_state_follows_the_displacement(displacement):
+    shift, state = displacement
+    infrared, visible = scene(6)
+    verdict = settle([survey(warped(infrared, similarity(np.array([shift, 0.0, 0, 0]), SIZE)), visible)])
+    assert verdict.state == state
+    assert verdict.health == pytest.approx(1 - shift / 8, abs=0.06)
+
+
+def blank(level: int) -> np.ndarray:
+    return np.full(SIZE[::-1], level, np.uint8)
+
+
+def noise(level: float) -> np.ndarray:
+    return np.clip(np.random.default_rng(int(level)).normal(128, level, SIZE[::-1]), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("infrared", "visible"),
+    [
+        (scene()[0], blank(0)),
+        (blank(128), scene()[1]),
+        (blank(0), blank(0)),
+        (scene()[0], noise(3)),
+        (noise(2), noise(5)),
+        (scene(1)[0], scene(2)[1]),  # strangers
+        (person(0, 200, 60), person(9, 60, 110)),  # has moved between the two exposures
+    ],
+    ids=["black", "blank", "both black", "noise", "both noise", "strangers", "one near person"],
+)
+def test_pictures_with_nothing_in_common_are_no_information_and_not_lost(infrared, visible):
+    verdict = settle([survey(infrared, visible)])
+    assert verdict.state == "no_information"
+    assert np.array_equal(verdict.matrix, np.eye(3))
+
+
+def test_thick_fog_moves_nothing():
+    infrared, visible = scene(7)
+    fog = np.clip(0.01 * visible + 190 + np.random.default_rng(0).normal(0, 3, visible.shape), 0, 255)
+    assert displacement_px(found_in(infrared, fog.astype(np.uint8)), SIZE) < 0.5
+
+
+def test_several_scenes_are_settled_together_and_blind_ones_left_out():
+    truth = similarity(np.array([3.0, 2.0, 0.004, 0]), SIZE)
+    pairs = [scene(seed) for seed in range(4)]
+    surveys = [survey(warped(infrared, truth), visible) for infrared, visible in pairs]
+    verdict = settle([*surveys, survey(blank(0), pairs[0][1])])
+    assert verdict.informative == 4
+    assert error_px(verdict.matrix, truth) < 0.3
+    assert verdict.sigma_px < settle(surveys[:1]).sigma_px
+
+
+def test_outside_the_overlap_nothing_is_compared():
+    infrared, visible = scene(8)
+    weight = np.ones(SIZE[::-1], np.float32)
+    weight[:, :200] = 0
+    infrared = infrared.copy()
+    infrared[:, :200] = np.roll(infrared[:, 220:420], 9, 0)  # whatever is there is not infrared's view
+    assert displacement_px(settle([survey(infrared, visible, weight)]).matrix, SIZE) < 0.3
+
+
+def test_parameters_and_matrix_are_each_other_s_inverse():
+    parameters = np.array([3.0, -7.0, 0.01, -0.004])
+    assert parameters_of(similarity(parameters, SIZE), SIZE) == pytest.approx(parameters)
+    assert similarity(np.array([3.0, -7.0, 0, 0]), SIZE) @ (10, 20, 1) == pytest.approx((13, 13, 1))
+
+
+def test_pictures_of_different_sizes_or_too_small_ones_are_refused():
+    with pytest.raises(CalibrationError, match=r"640x480.*320x240"):
+        fields_of(blank(0), np.zeros((240, 320), np.uint8))
+    with pytest.raises(CalibrationError, match="too small"):
+        fields_of(np.zeros((40, 40), np.uint8), np.zeros((40, 40), np.uint8))
+    assert not comparable((2000, 60))
+    assert comparable((128, 128))
+
+
+def test_the_corrected_map_shows_what_the_matrix_says():
+    infrared, visible = scene(9)
+    truth = np.array([5.0, -4.0, 0.008, 0.004])
+    maps = Warp.of_aligned(SIZE, feather_px=16).corrected(truth)
+    mended = maps.remap(warped(infrared, similarity(truth, SIZE)))
+    inner = maps.weight > 0.9
+    assert cv2.absdiff(mended, infrared)[inner].mean() < 2.5  # two interpolations smooth the noise
+    assert displacement_px(settle([survey(mended, visible, maps.weight)]).matrix, SIZE) < 0.3
+    assert maps.weight.min() == 0  # where infrared has moved out
+    assert not maps.map_x.flags.writeable
+
+
+# The command
+
+
+def write_pair(folder: Path, infrared: np.ndarray, visible: np.ndarray, name: str = "a") -> tuple[Path, Path]:
+    files = folder / "ir" / f"{name}.png", folder / "vi" / f"{name}.png"
+    for file, picture in zip(files, (infrared, visible), strict=True):
+        file.parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(file), picture)
+    return files
+
+
+def test_check_prints_the_matrix_as_json_and_its_exit_status_says_the_state(tmp_path: Path):
+    infrared, visible = scene(10)
+    truth = similarity(np.array([6.0, -1.0, 0.0, 0.0]), SIZE)
+    for name, picture, state, status in (
+        ("aligned", infrared, "ok", 0),
+        ("moved", warped(infrared, truth), "lost", 1),
+        ("black", blank(0), "no_information", 3),
+    ):
+        files = write_pair(tmp_path, picture, visible, name)
+        result = CliRunner().invoke(app, ["calibrate", "check", *map(str, files), "--json", "-"])
+        assert result.exit_code == status
+        report = json.loads(result.stdout)
+        assert report["state"] == state
+        assert 0 <= report["health"] <= 1
+        assert report["frames"] == 1
+        assert error_px(np.array(report["matrix"]), truth if name == "moved" else np.eye(3)) < 0.5
+
+
+def test_check_takes_folders(tmp_path: Path):
+    truth = similarity(np.array([0.0, 5.0, 0.0, 0.0]), SIZE)
+    for seed in range(3):
+        infrared, visible = scene(seed)
+        write_pair(tmp_path, warped(infrared, truth), visible, f"{seed}")
+    result = check_alignment(tmp_path / "ir", tmp_path / "vi")
+    assert result["frames"] == result["informative_frames"] == 3
+    assert error_px(np.array(result["matrix"]), truth) < 0.3
+
+
+def test_check_refuses_what_is_not_there(tmp_path: Path):
+    with pytest.raises(SourceError, match=r"none\.png"):
+        check_alignment(tmp_path / "none.png", tmp_path / "none.png")
+
+
+# Real pairs
+
+
+def real_pairs(data_dir: Path, dataset: str, light: str, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Evaluation pairs at 640x480, with the displacement that a whole data set shares taken out."""
+    field = np.load(data_dir / "registration_residual_fields.npz")[dataset].astype(np.float32)
+    row, column = np.mgrid[0:480, 0:640].astype(np.float32)
+    with (data_dir / "eval" / "index.csv").open() as file:
+        rows = [line for line in csv.DictReader(file) if line["dataset"] == dataset and line["light"] in (light, "")]
+    pairs = []
+    for line in rows[:count]:
+        infrared, visible = (
+            cv2.resize(cv2.imread(str(data_dir / "eval" / line[key]), cv2.IMREAD_GRAYSCALE), SIZE)
+            for key in ("ir", "vi")
+        )
+        map_x, map_y = column + field[..., 0], row + field[..., 1]
+        pairs.append((cv2.remap(infrared, map_x, map_y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE), visible))
+    return pairs
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize(("dataset", "light"), [("msrs", "day"), ("msrs", "night"), ("roadscene", "day")])
+def test_warps_of_real_pairs_are_found(data_dir: Path, dataset: str, light: str):
+    random = np.random.default_rng(0)
+    errors = []
+    for infrared, visible in real_pairs(data_dir, dataset, light, 10):
+        drift = [*random.uniform(-6, 6, 2), np.radians(random.uniform(-0.5, 0.5)), random.uniform(-0.005, 0.005)]
+        truth = similarity(np.array(drift), SIZE)
+        errors.append(error_px(found_in(warped(infrared, truth), visible), truth))
+    assert np.median(errors) <= 1.6  # of ten pairs; 1.4 of all
+    assert np.mean(np.array(errors) < 3) >= 0.8
+
+
+@pytest.mark.realdata
+def test_real_aligned_pairs_stay_where_they_are(data_dir: Path):
+    moved = [displacement_px(found_in(*pair), SIZE) for pair in real_pairs(data_dir, "msrs", "night", 8)]
+    assert np.median(moved) < 0.5
+
+
+def test_thumbnails_are_small_and_grey():
+    assert thumbnail_of(np.zeros((480, 640, 3), np.uint8)).shape == (24, 32)
