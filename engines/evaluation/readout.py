@@ -61,7 +61,7 @@ def degraded_answers(
     """
     answers: list[Answer] = []
     for index, pair in enumerate(pairs):
-        infrared, visible = pair.infrared.astype(np.float32) / 255, pair.visible.astype(np.float32) / 255
+        infrared, visible = _unit(pair.infrared), _unit(pair.visible)
         rounds = max(len(INFRARED_DEGRADATIONS), len(VISIBLE_DEGRADATIONS))
         for turn in range(rounds):
             thermal = INFRARED_DEGRADATIONS[(turn + index) % len(INFRARED_DEGRADATIONS)]
@@ -162,6 +162,10 @@ def _strength_figures(answers: list[Answer]) -> dict[str, float] | None:
         "error": float(np.mean(np.abs(truth - rated))),
         "correlation": 0.0 if flat else float(np.corrcoef(truth, rated)[0, 1]),
     }
+
+
+def _unit(image: Image) -> NDArray[np.float32]:
+    return np.divide(image, 255, dtype=np.float32)
 
 
 def _bytes(picture: NDArray[np.float32]) -> Image:
