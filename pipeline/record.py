@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from fractions import Fraction
 from pathlib import Path
 from threading import Thread
@@ -32,6 +33,7 @@ class VideoFile:
         if not self.path.parent.is_dir():
             raise ConfigError(f"the folder {self.path.parent} does not exist: create it first")
         self._part = self.path.with_name(self.path.name + ".part")
+        self._refuse_unwritable()
         self._rate_hz, self._preset, self._threads = rate_hz, preset, threads
         self._container: av.container.OutputContainer | None = None
         self._stream: av.VideoStream | None = None
@@ -63,25 +65,52 @@ class VideoFile:
         planes = cv2.cvtColor(even, cv2.COLOR_RGB2YUV_I420).astype(np.uint8, copy=False)
         frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
         frame.pts, frame.time_base, self._last_pts = pts, TIME_BASE, pts
-        self._container.mux(self._stream.encode(frame))
+        try:
+            self._container.mux(self._stream.encode(frame))
+        except (av.FFmpegError, OSError) as error:
+            raise self._cannot_write(error) from None
         self.frames += 1
 
     def close(self) -> None:
-        """Finishes the file and gives it its name. Without a frame there is no file."""
+        """Finishes the file and gives it its name. Without a frame there is no file.
+
+        Raises:
+            ConfigError: the place cannot be written to (any more); nothing is left there.
+        """
         if self._container is None:
             return
         assert self._stream is not None
-        self._container.mux(self._stream.encode(None))
-        self._container.close()
-        self._container = None
-        self._part.replace(self.path)
+        try:
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
+            self._container = None
+            self._part.replace(self.path)
+        except (av.FFmpegError, OSError) as error:
+            self.discard()
+            raise self._cannot_write(error) from None
 
     def discard(self) -> None:
         """Removes what was written."""
         if self._container is not None:
-            self._container.close()
-            self._container = None
-        self._part.unlink(missing_ok=True)
+            container, self._container = self._container, None
+            with contextlib.suppress(av.FFmpegError, OSError):  # it writes the file's end, which nobody wants
+                container.close()
+        with contextlib.suppress(OSError):
+            self._part.unlink(missing_ok=True)
+
+    def _refuse_unwritable(self) -> None:
+        """Before the first frame is made, which may be long after the start."""
+        if self.path.is_dir():
+            raise ConfigError(f"{self.path} is a folder: name a file in it")
+        try:
+            self._part.touch()
+            self._part.unlink()
+        except (OSError, ValueError) as error:
+            raise self._cannot_write(error) from None
+
+    def _cannot_write(self, error: Exception) -> ConfigError:
+        reason = getattr(error, "strerror", None) or str(error)
+        return ConfigError(f"cannot write {self.path}: {reason}: choose another place, or make room")
 
     def _open(self, width: int, height: int) -> None:
         try:
@@ -90,7 +119,7 @@ class VideoFile:
                 str(self._part), "w", format=FORMATS[self.path.suffix.lower()], options={"fflags": "+bitexact"}
             )
         except (av.FFmpegError, OSError) as error:
-            raise ConfigError(f"cannot write {self.path}: {error.strerror}: choose another place") from None
+            raise self._cannot_write(error) from None
         stream = self._container.add_stream("libx264", rate=Fraction(self._rate_hz).limit_denominator(1001))
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
@@ -148,5 +177,7 @@ class BackgroundVideo:
                 except HandoverClosed:
                     break
             self._file.close()
-        except (ConfigError, OSError, av.FFmpegError) as error:
+        except ConfigError as error:
             self.failure = f"the video {self._file.path.name} was given up after {self._file.frames} frames: {error}"
+            with contextlib.suppress(ConfigError):
+                self._file.close()  # what was written is worth keeping, if its end still fits

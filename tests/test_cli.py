@@ -295,6 +295,57 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path: Pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.usefixtures("stand_in")
+def test_a_video_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Path, monkeypatch, capsys):
+    inputs = [str(write_video(tmp_path / "ir.mkv", colour=False)), str(write_video(tmp_path / "vis.mkv"))]
+    (tmp_path / "folder.mp4").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    for target in (tmp_path / "folder.mp4", tmp_path / "missing" / "a.mp4", Path("/proc/a.mp4")):
+        status, _, err = call(monkeypatch, capsys, "replay", *inputs, "--output", str(target))
+        assert_one_clear_line(status, err, str(target.parent))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_ends_the_video_with_one_clear_error(tmp_path: Path):
+    """A limit on the file's size fails as a full disk does."""
+    script = """
+import resource, signal, sys
+import numpy as np
+from pipeline.errors import ConfigError
+from pipeline.record import BackgroundVideo, VideoFile
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+pictures = np.random.default_rng(0).integers(0, 255, (100, 64, 96, 3), np.uint8)
+file = VideoFile("a.mp4")
+try:
+    for number, picture in enumerate(pictures):
+        file.write(picture, number * 40_000_000)
+    file.close()
+except ConfigError as error:
+    print(error)
+    file.discard()
+video = BackgroundVideo("b.mkv", 25.0)
+for number, picture in enumerate(pictures):
+    video.write(picture, number * 40_000_000)
+video.close()
+print(video.failure)
+"""
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert "Traceback" not in done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("cannot write a.mp4: ")
+    assert "b.mkv was given up after" in second
+    assert not list(tmp_path.glob("*.part"))
+
+
 def test_config_check_finds_what_a_run_would_refuse(tmp_path: Path, monkeypatch, capsys):
     from calibration.rig_file import save_rig
     from pipeline.config import SyntheticSource
