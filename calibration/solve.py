@@ -456,8 +456,8 @@ def _refuse_moving(result: Adjusted, alone_px: dict[str, float]) -> None:
         raise CalibrationError(
             f"each camera on its own fits the views (visible {alone_px['visible']:.2f}, infrared "
             f"{alone_px['infrared']:.2f} px), but one pose between them leaves {max(together.values()):.1f} px: the "
-            "pictures are not of one moment, or the cameras move against each other: hold the board still for both, and "
-            "fix the cameras; --homography gives a coarse map"
+            "pictures are not of one moment, or the cameras move against each other: hold the board still for both, "
+            "and fix the cameras; --homography gives a coarse map"
         )
 
 

@@ -31,6 +31,7 @@ MIN_AGREEMENT = 0.85  # share of places that have the colours of a board
 SMOOTHING_SHARE = 0.03  # of the spacing, before corners are measured
 BACKGROUND_SHARE = 0.4  # of the spacing: what changes more slowly is heat, not pattern
 WINDOW_SHARE = 0.32  # of the spacing, to each side of a corner
+MAX_BLOB_FACTOR = 5  # blobs in the picture, for each circle of the board
 MAX_LOST_SHARE = 0.1  # of the points that may be wrong in a view that is kept
 
 
@@ -213,11 +214,15 @@ def _find_circles(picture: np.ndarray, board: Board) -> np.ndarray | None:
     doubled = cv2.resize(picture, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC)
     doubled = cv2.GaussianBlur(doubled, (0, 0), 2.0)
     for bright in (True, False):
+        blobs = _blobs(bright, doubled.shape)
+        # The search for a grid among hundreds of specks of noise takes seconds, and finds none.
+        if not board.count <= len(blobs.detect(doubled)) <= MAX_BLOB_FACTOR * board.count:
+            continue
         found, points = cv2.findCirclesGrid(
             doubled,
             (board.columns, board.rows),
             flags=cv2.CALIB_CB_ASYMMETRIC_GRID | cv2.CALIB_CB_CLUSTERING,
-            blobDetector=_blobs(bright, doubled.shape),
+            blobDetector=blobs,
         )
         if found:
             return (points.reshape(-1, 2).astype(np.float64) + 0.5) / 2 - 0.5
