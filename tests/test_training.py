@@ -329,6 +329,12 @@ def test_minutes_on_the_command_line_replace_exact_iterations(config: TrainConfi
         with_minutes(config, 0.0)
 
 
+@pytest.mark.parametrize("key", ["data", "fields", "videos", "start"])
+def test_a_file_that_is_not_there_is_told_before_anything_is_read(config: TrainConfig, key: str):
+    with pytest.raises(EngineError, match=rf"there is no nowhere: `{key}` of the training configuration names it"):
+        train(changed(config, **{key: "nowhere"}))
+
+
 def test_a_teacher_without_weights_is_refused_in_one_line(config: TrainConfig):
     with pytest.raises(EngineError, match=r"there are no weights none\.safetensors for variant 'tiny'") as error:
         Training(changed(config, teacher={"variant": "tiny", "weights": "none.safetensors"}), pairs_of(config))
@@ -406,14 +412,15 @@ def test_the_journal_tells_losses_validation_priors_and_pictures(config: TrainCo
     assert [row["what"] for row in rows] == [
         "train",
         "validation",
+        "train",
         "validation",
         *(f"priors_{steps}_steps" for steps in (10, 4, 2, 1, 0)),
     ]
     assert rows[0]["stage"] == "I"
     assert rows[0]["step"] == 2
     assert rows[0]["structure"] > 0
-    assert {"total", "infrared_named", "flicker", "warped"} <= outcome.validation.keys() <= rows[2].keys()
-    assert rows[3]["tokens"] > 0
+    assert {"total", "infrared_named", "flicker", "warped"} <= outcome.validation.keys() <= rows[3].keys()
+    assert rows[4]["tokens"] > 0
     sheets = sorted((Path(config.output) / "pictures").iterdir())
     assert [sheet.name for sheet in sheets] == ["0000002_stage_I.png", "0000003_stage_II.png"]
     assert cv2.imread(str(sheets[0])).shape == (64, 4 * 64, 3)

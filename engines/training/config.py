@@ -123,6 +123,20 @@ def read_config(path: Path) -> TrainConfig:
     return checked(values, str(path))
 
 
+def require_files(config: TrainConfig) -> None:
+    """Looks for every file and folder at once: reading the pairs takes a while, and a typing error should not.
+
+    Raises:
+        EngineError: one is not there.
+    """
+    named = {key: getattr(config, key) for key in FOLDERS if key != "output"}
+    if config.teacher is not None:
+        named["teacher.weights"] = config.teacher.weights
+    for key, value in named.items():
+        if value is not None and not Path(value).exists():
+            raise EngineError(f"there is no {value}: `{key}` of the training configuration names it")
+
+
 def _resolve(values: dict[str, Any], keys: tuple[str, ...], folder: Path) -> None:
     for key in keys:
         if isinstance(values.get(key), str):

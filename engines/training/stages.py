@@ -65,6 +65,7 @@ class Teacher:
         weights = None if config.weights is None else Path(config.weights)
         network, self.sha256 = variants.load(config.variant, weights)
         self.network = network.to(device).requires_grad_(False)
+        keep_precise(self.network.unet.head)
         self.share, self.steps = config.share, config.steps
 
     @torch.no_grad()

@@ -17,6 +17,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import cv2
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,7 +28,7 @@ from engines.dspfusion.diffusion import STEPS
 from engines.dspfusion.network import DSPFusion
 from engines.dspfusion.variants import build
 from engines.training.checkpoint import read_checkpoint, write_checkpoint, write_whole
-from engines.training.config import STAGES, TrainConfig, checked, read_config
+from engines.training.config import STAGES, TrainConfig, checked, read_config, require_files
 from engines.training.data import Batch, Pair, draw_batch, drawn_ahead, hold_back, moved, numbers_of, reading_pairs
 from engines.training.distributed import ALONE, Processes, processes
 from engines.training.journal import Journal
@@ -168,6 +169,8 @@ class Training:
             while True:
                 progress, stop = self.team.agree(self.progress(), stopping())
                 if progress >= 1 or stop:
+                    if self.recent and self.done[current] % REPORTED_ITERATIONS:
+                        self._note("train", self.recent)
                     return progress < 1
                 began = time.monotonic()
                 self.step(moved(next(source), self.team.device), progress)
@@ -199,7 +202,7 @@ class Training:
 
     def _end_stage(self) -> None:
         """Looks at what a stage has reached, and goes on with the averaged network, which is the exported one."""
-        if self.done[self.stage - 1] > 0:
+        if self.recent:
             self.validate()
             if self.stage == 2:
                 self._report_priors()
@@ -318,7 +321,7 @@ class Training:
             )
         # A finished training goes on with its last stage, should that have been given more to do.
         self.stage, self.done, self.spent_s = min(state["stage"], STAGES), state["done"], state["spent_s"]
-        self.recent = state["recent"]
+        self.recent = state["recent"] if state["stage"] <= STAGES else {}
         self.network.load_state_dict(state["network"])
         self.average = {name: value.to(self.team.device) for name, value in state["average"].items()}
         self.optimizer = self._optimizer()
@@ -390,7 +393,9 @@ def train(config: TrainConfig, resume: bool = False) -> Outcome:
     Raises:
         EngineError: the data, the checkpoint or the teacher cannot be used, or the loss diverged.
     """
+    require_files(config)
     torch.set_num_threads(config.threads)
+    cv2.setNumThreads(1)  # the draws have threads of their own
     with stop_requested() as stopping, processes(config.device) as team:
         output = Path(config.output)
         checkpoint = output / f"{config.variant}.checkpoint"
