@@ -29,7 +29,7 @@ from calibration.residual import (
     similarity,
 )
 
-Outcome = Literal["used", "gated", "jumped", "out_of_bounds", "no_information"]
+Outcome = Literal["collected", "used", "gated", "jumped", "out_of_bounds", "no_information"]
 
 START_SIGMA = (2.0, 2.0, 0.003, 0.001)  # pixels, pixels, radians, logarithm of the scale, 640 pixels wide
 STEP_SIGMA = (0.12, 0.12, 0.0004, 0.0001)  # that a mount creeps from one keyframe to the next
@@ -37,10 +37,12 @@ HURRY = 5.0  # times the creep, while the last innovations all point one way
 GATE = 13.3  # squared distance in standard deviations: 99 % of what a filter of four parameters expects
 JUMP_GATE = 20.0
 AGREEMENT = 7.8  # of each of the scenes with their middle: 90 %
-FEWEST_SCENES = 3  # before anything is corrected
+FEWEST_SCENES = 3  # whose middle the filter starts from
 JUMP_SCENES = 3  # that agree before the filter starts again where they are
 BIAS_SCENES = 5
 BIAS_GATE = 10.0
+ADAPT = 0.1  # share of the newest scene in how large innovations are against what was expected
+QUIETEST = 0.35  # a rig whose scenes agree better than most is believed more readily, down to this variance
 SAME_SCENE = 6.0  # times the variance: another look at the same scene tells little that is new
 HEALTH_SCENES = 5
 COLD_FACTOR = 4.0  # rigs that nobody calibrated may be corrected by so much more
@@ -90,6 +92,8 @@ class Refiner:
         self.counts: Counter[Outcome] = Counter()
         self._witnesses: deque[_Witness] = deque(maxlen=max(BIAS_SCENES, HEALTH_SCENES))
         self._thumbnail: np.ndarray | None = None
+        self._started = False
+        self._loudness = 1.0  # of the innovations' variance, against what was expected
         self._last_information = 0  # keyframes ago
         self._strays = 0  # out of bounds, in a row
 
@@ -105,8 +109,6 @@ class Refiner:
     @property
     def correction(self) -> np.ndarray:
         """(4,) parameters to correct by: what the filter found, as far as it is more than its own error."""
-        if self.counts["used"] + JUMP_SCENES * self.counts["jumped"] < FEWEST_SCENES:
-            return np.zeros(4)
         return self.parameters * moved_probability(self.parameters, self.sigma_px, self.size)
 
     def verdict(self, shown: np.ndarray) -> tuple[State, float]:
@@ -142,25 +144,40 @@ class Refiner:
             return "out_of_bounds"
         self._strays = 0
         new_scene = self._is_new(survey.thumbnail)
-        noise = scene_covariance(self.size) + 2.0 * survey.residual.covariance
+        noise = self._loudness * scene_covariance(self.size) + 2.0 * survey.residual.covariance
         self._witnesses.append(_Witness(found, noise, found - self.parameters))
+        if not self._started:
+            return self._collect()
         if self._knocked():
             self._start_again()
             return "jumped"
         self.covariance = self.covariance + step * (HURRY**2 if self._biased() else 1.0)
-        return self._update(found, noise if new_scene else noise * SAME_SCENE)
+        distance = _squared(found - self.parameters, self.covariance + noise)
+        if new_scene:
+            # Bounded, so that one stray scene does not count for many.
+            expected = min(distance, GATE) / 4
+            self._loudness = float(np.clip(self._loudness * (1 + ADAPT * (expected - 1)), QUIETEST, 1.0))
+        if distance > GATE:
+            return "gated"
+        self._update(found, noise if new_scene else noise * SAME_SCENE)
+        return "used"
 
-    def _update(self, found: np.ndarray, noise: np.ndarray) -> Outcome:
+    def _collect(self) -> Outcome:
+        """The first scenes: one of them may be far off, so their middle is what the filter starts from."""
+        if len(self._witnesses) < FEWEST_SCENES:
+            return "collected"
+        self._started = True
+        self._update(np.median([one.parameters for one in self._witnesses], axis=0), self._witnesses[-1].covariance)
+        return "used"
+
+    def _update(self, found: np.ndarray, noise: np.ndarray) -> None:
         innovation = found - self.parameters
         total = self.covariance + noise
-        if _squared(innovation, total) > GATE:
-            return "gated"
         gain = np.linalg.solve(total, self.covariance).T
         self.parameters = self.parameters + gain @ innovation
         rest = np.eye(4) - gain
         # Joseph's form: stays symmetric and positive whatever the rounding.
         self.covariance = rest @ self.covariance @ rest.T + gain @ noise @ gain.T
-        return "used"
 
     def _knocked(self) -> bool:
         """Whether the last scenes agree with one another, and not with the filter."""
