@@ -219,6 +219,40 @@ def test_the_sway_of_the_synthetic_rig_gives_the_offset_of_its_clocks():
     assert found.confidence > 0.6
 
 
+def first_picture(video: Path) -> np.ndarray:
+    with av.open(str(video)) as container:
+        return next(container.decode(video=0)).to_ndarray(format="gray")
+
+
+def moved_picture(still: np.ndarray, path: Path2D, seconds: float, rate_hz: float, seed: int, **clock) -> MotionSignal:
+    """A still, moved as a camera that turns would move it, with new noise in each picture; measured as if live."""
+    random = np.random.default_rng(seed)
+    told = seen(path, seconds, rate_hz, seed, noise_px=0.0, **clock)
+    ego, places = EgoMotion(), []
+    rows, columns = np.mgrid[30 : still.shape[0] - 30, 30 : still.shape[1] - 30].astype(np.float32)
+    noise = random.normal(0, 3, (still.shape[0], still.shape[1])).astype(np.float32)
+    for x, y in np.clip(told.path_px, -28, 28):
+        picture = sampled(still, columns - x, rows - y)
+        dy, dx = random.integers(0, 60, 2)
+        grain = np.roll(noise, (dy, dx), (0, 1))[: picture.shape[0], : picture.shape[1]]
+        motion = ego.add(np.clip(picture + grain, 0, 255).astype(np.uint8))
+        places.append((motion.x_px, motion.y_px))
+    return MotionSignal(told.times_s, np.array(places))
+
+
+@pytest.mark.realdata
+def test_real_pictures_of_both_kinds_that_are_moved_alike_give_the_offset(data_dir):
+    """Each modality is measured in itself only; infrared at 25 Hz, visible at 30."""
+    path = hand_held(8)
+    infrared = first_picture(data_dir / "video" / "eval" / "m3svd_0115_1834_ir.mkv")
+    visible = first_picture(data_dir / "video" / "eval" / "m3svd_0115_1834_vi.mkv")
+    found = estimate_offset(
+        moved_picture(infrared, path, 8, 25, 1, offset_ms=31), moved_picture(visible, path, 8, 30, 2)
+    )
+    assert found.offset_ms == pytest.approx(31, abs=3)
+    assert found.confidence > 0.6
+
+
 # The command
 
 
