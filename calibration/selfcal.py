@@ -26,6 +26,7 @@ SEARCH_SCENES = 6
 LEAST_SCENES = 3
 ADVISED_SCENES = 8
 ROUNDS = 4
+FLOOR_PX = 0.6  # what is left on real pairs however many the scenes: lenses, depth (measured)
 MAX_DISAGREEMENT_PX = 8.0  # of two halves of the scenes, at WORKING_WIDTH
 
 
@@ -35,7 +36,7 @@ class Alignment:
 
     rig: Rig
     scenes: int  # that told something
-    sigma_px: float  # disagreement of two halves of the scenes or the expected error, whichever is more; visible pixels
+    sigma_px: float  # expected error over the picture, visible pixels; not less than two halves of the scenes disagree
     confidence: float  # 0 to 1
     scale: float  # visible pixels per infrared pixel
     shift_px: tuple[float, float]  # of the infrared picture's middle from the visible one's, visible pixels
@@ -75,7 +76,7 @@ def align(scenes: Iterable[dict[str, np.ndarray]], on_scene: Callable[[], None] 
     halves = [settle(telling[half::2]).matrix for half in (0, 1)]
     apart = displacement_px(halves[0] @ np.linalg.inv(halves[1]), (width, height)) / 2
     expected = settle(telling).sigma_px or math.inf
-    sigma = max(apart, expected)
+    sigma = math.hypot(max(apart, expected), FLOOR_PX)
     if not sigma <= MAX_DISAGREEMENT_PX:
         raise CalibrationError(
             f"two halves of the scenes disagree by {2 * apart:.0f} px: show far scenes with edges in both pictures, "

@@ -97,7 +97,7 @@ def test_a_folder_with_the_camera_info_of_a_stereo_pair_is_a_calibration(tmp_pat
     rotation, shift = TRUTH.infrared_from_visible[:3, :3], TRUTH.infrared_from_visible[:3, 3]
     left, right, left_projection, right_projection, *_ = cv2.stereoRectify(
         TRUTH.visible.matrix, TRUTH.visible.distortion, TRUTH.infrared.matrix, TRUTH.infrared.distortion,
-        (640, 480), rotation, shift,
+        (640, 480), rotation, shift.reshape(3, 1),
     )  # fmt: skip
     for name, model, turn, projection in (
         ("visible", TRUTH.visible, left, left_projection),
@@ -134,7 +134,7 @@ def changed(**changes) -> dict:
         ({"cam0": kalibr(TRUTH.visible, "/a"), "cam1": changed(rostopic="/b")["cam1"]}, "which camera is the infrared"),
         (camera_info(TRUTH.visible, "rgb"), "of one camera"),
         ({"visible": "gone.yaml", "thermal": camera_info(TRUTH.infrared, "t")}, "gone.yaml"),
-        ({"visible": camera_info(TRUTH.visible, "v"), "thermal": camera_info(TRUTH.infrared, "t")}, "T_thermal_visible"),
+        ({"visible": camera_info(TRUTH.visible, "v"), "thermal": camera_info(TRUTH.infrared, "t")}, "T_thermal"),
         ({"visible": camera_info(TRUTH.visible, "v", distortion_model="fisheye"),
           "thermal": camera_info(TRUTH.infrared, "t")}, "plumb_bob"),
     ],
