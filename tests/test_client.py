@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -318,6 +320,14 @@ def test_subscribe_saves_pictures_lossless_or_as_they_came(tmp_path):
 def test_subscribe_ends_after_its_duration():
     with publishing() as publisher, feeding(publisher):
         assert subscribe(publisher.endpoint, duration_s=0.4, echo=None)["ended"] == "duration"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_subscribe_with_its_summary(number):
+    with publishing() as publisher, feeding(publisher):
+        summary = subscribe(publisher.endpoint, echo=lambda _: os.kill(os.getpid(), number), timeout_s=30)
+    assert summary["ended"] == "signal"
+    assert summary["messages"] > 0
 
 
 def test_subscribe_to_silence_is_one_clear_line():
