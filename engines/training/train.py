@@ -118,6 +118,7 @@ class Training:
     def _optimizer(self) -> torch.optim.Optimizer:
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(learns(name, self.stage))
+            parameter.grad = None  # of the stage before
         trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         return torch.optim.AdamW(
             trained, lr=self._full_rate(), weight_decay=self.config.weight_decay, betas=(0.9, 0.99)

@@ -32,5 +32,5 @@ def train(
     outcome: Outcome = train_network(with_minutes(read_config(config), minutes), resume=resume)
     if as_json:
         write_report({name: str(v) if isinstance(v, Path) else v for name, v in asdict(outcome).items()}, as_json)
-    if as_json != "-":
+    if as_json != "-" and outcome.weights.is_file():  # not so where the end was asked for before the first iteration
         print(outcome.weights)
