@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -60,7 +61,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> fake_torch_tensorrt.Calls:
     return calls
 
 
-Built = tuple[Path, fake_torch_tensorrt.Calls]
+class Built(NamedTuple):
+    folder: Path
+    calls: fake_torch_tensorrt.Calls
+    operations: list[dict[str, set[torch.dtype]]]  # of the frame, of the priors
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +85,13 @@ def build(weights: Path, folder: Path, precision: str) -> Built:
         serving = engine(weights, folder, precision=precision)
         assert serving.psnr_db >= arrays.PSNR_LIMIT_DB[precision]
         assert (serving.built, serving.cache.faults) == (2, [])
-    return folder, calls
+    return Built(folder, calls, [operations(program) for program in calls.programs])
 
 
 @pytest.fixture
 def folder(built: Built, tmp_path: Path) -> Path:
     """A copy of the cache, to do harm to."""
-    shutil.copytree(built[0], tmp_path / "engines")
+    shutil.copytree(built.folder, tmp_path / "engines")
     return tmp_path / "engines"
 
 
@@ -97,7 +101,7 @@ def engine(weights: Path, folder: Path, **changes) -> TensorRTEngine:
 
 
 def test_it_computes_what_pytorch_computes_and_finds_its_engines_again(mini, built, calls):
-    serving = engine(mini, built[0])
+    serving = engine(mini, built.folder)
     assert (serving.built, serving.cache.faults, calls.compiled) == (0, [], [])
     pair = arrays.reference_pair()
     reference = PyTorchEngine(weights=mini, diffusion_steps=1)
@@ -109,23 +113,20 @@ def test_it_computes_what_pytorch_computes_and_finds_its_engines_again(mini, bui
 
 
 def test_the_types_are_in_the_graph_and_no_precision_is_handed_over(built_fp16):
-    folder, calls = built_fp16
+    folder, calls, (frame, priors) = built_fp16
     for settings in calls.compiled:
         assert not {"enabled_precisions", "use_explicit_typing", "use_python_runtime"} & set(settings)
         assert settings["require_full_compilation"]
         assert (settings["cache_built_engines"], settings["reuse_cached_engines"]) == (False, False)
         assert Path(settings["timing_cache_path"]).parent == folder
-    frame, priors = (operations(program) for program in calls.programs)
     assert frame["aten.convolution.default"] == {torch.float16}
     assert priors["aten.convolution.default"] == {torch.float32}  # never in halves
     assert [settings["disable_tf32"] for settings in calls.compiled] == [False, True]
 
 
 def test_every_operation_has_a_converter(built, built_fp16):
-    for _, calls in (built, built_fp16):
-        for program in calls.programs:
-            missing = set(operations(program)) - CONVERTERS - LOWERED
-            assert not missing
+    for found in (*built.operations, *built_fp16.operations):
+        assert not set(found) - CONVERTERS - LOWERED
 
 
 def operations(program: torch.export.ExportedProgram) -> dict[str, set[torch.dtype]]:

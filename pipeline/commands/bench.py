@@ -64,9 +64,10 @@ def bench(
     if as_json:
         write_report(result, as_json)
     if as_json != "-":
-        console.print(table(result["rows"]))
+        for line in table(result["rows"]):
+            console.print(line, highlight=False, soft_wrap=True)
         for entry in result.get("side_by_side", []):
-            console.print(comparison(entry), highlight=False)
+            console.print(comparison(entry), highlight=False, soft_wrap=True)
 
 
 def measured(
@@ -306,21 +307,22 @@ def rows_done(total: int) -> Iterator[Callable[[], None]]:
         yield advance
 
 
-def table(rows: list[dict[str, Any]]) -> Any:
-    """The rows for people."""
-    from rich.table import Table
-
-    grid = Table()
-    for name in ("engine", "variant", "size", "what"):
-        grid.add_column(name)
-    for name in (*COLUMNS, "threads"):
-        grid.add_column(name, justify="right")
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows for people, as lines of one width."""
+    lines = [("engine", "variant", "size", "what", *COLUMNS, "threads")]
     for row in rows:
-        figures = ["-" if row[name] is None else f"{row[name]:.1f}" for name in COLUMNS]
-        variant = row["variant"] + (" (random weights)" if row.get("weights") == "random" else "")
-        label = f"{row['engine']} {row['precision']}"
-        grid.add_row(label, variant, f"{row['width']}x{row['height']}", row["what"], *figures, str(row["threads"]))
-    return grid
+        figures = ("-" if row[name] is None else f"{row[name]:.1f}" for name in COLUMNS)
+        variant = row["variant"] + ("*" if row.get("weights") == "random" else "")
+        size = f"{row['width']}x{row['height']}"
+        lines.append((f"{row['engine']} {row['precision']}", variant, size, row["what"], *figures, str(row["threads"])))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    told = []
+    for line in lines:
+        named = [cell.ljust(width) for cell, width in zip(line[:4], widths[:4], strict=True)]
+        counted = [cell.rjust(width) for cell, width in zip(line[4:], widths[4:], strict=True)]
+        told.append("  ".join([*named, *counted]))
+    starred = any(row.get("weights") == "random" for row in rows)
+    return [*told, "* random weights: none are shipped, and time does not depend on them"] if starred else told
 
 
 def comparison(entry: dict[str, Any]) -> str:
