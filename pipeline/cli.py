@@ -64,6 +64,9 @@ def main() -> None:
     before = set(threading.enumerate())
     try:
         result = app(prog_name="dspfusion", standalone_mode=False)
+    except KeyboardInterrupt:
+        print("dspfusion: stopped", file=sys.stderr)
+        result = 130
     except Exception as error:
         line = users_mistake(error)
         if line is None:

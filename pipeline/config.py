@@ -13,10 +13,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20
+READ_FILES = {  # section -> keys whose files are read, beside the recordings
+    "registration": ("calibration",),
+    "engine": ("weights",),
+    "publish": ("curve_secret_key_file", "authorized_keys_dir"),
+}
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class StreamSource(Section):
@@ -206,7 +211,8 @@ def load_config(path: str | Path) -> RigConfig:
     """Reads and checks a rig's YAML file.
 
     `${env:NAME}` in a value is replaced by that environment variable, so that passwords stay out of the file.
-    Paths inside are taken relative to the file's own folder.
+    Paths of what is read (recordings, calibration, weights, keys) are taken relative to the file's own folder; what is
+    written goes where the user stands, unless its path is absolute.
 
     Raises:
         ConfigError: the file cannot be read, is no YAML, or has an unknown key or an impossible value.
@@ -215,6 +221,8 @@ def load_config(path: str | Path) -> RigConfig:
     values = read_yaml(path)
     try:
         config = RigConfig.model_validate(_substitute(values))
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply, or into itself: correct that") from None
     except ValidationError as error:
         raise ConfigError(f"{path.name}: {first_problem(error)}") from None
     return _anchor_paths(config, path.parent)
@@ -227,12 +235,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: missing, larger than 1 MiB, no YAML, or no mapping.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path}: no file: give the rig's YAML file")
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: larger than 1 MiB, so this is no configuration: give the rig's YAML file")
         values = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}: check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply, or into itself: correct that") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, bytes that are no text
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""
         raise ConfigError(f"{path}{line}: not valid YAML: correct the syntax there") from None
@@ -273,17 +285,18 @@ def first_problem(error: ValidationError) -> str:
 
 def _anchor_paths(config: RigConfig, folder: Path) -> RigConfig:
     def anchored(path: str) -> str:
-        return path if Path(path).is_absolute() else str((folder / path).resolve())
+        expanded = Path(path).expanduser()
+        return str(expanded) if expanded.is_absolute() else str((folder / expanded).resolve())
 
-    def source(section: Any) -> Any:
-        if isinstance(section, FolderSource) or (isinstance(section, StreamSource) and "://" not in section.url):
-            key = "path" if isinstance(section, FolderSource) else "url"
-            return section.model_copy(update={key: anchored(getattr(section, key))})
-        return section
+    def source(camera: Any) -> Any:
+        if isinstance(camera, FolderSource) or (isinstance(camera, StreamSource) and "://" not in camera.url):
+            key = "path" if isinstance(camera, FolderSource) else "url"
+            return camera.model_copy(update={key: anchored(getattr(camera, key))})
+        return camera
 
     updates: dict[str, Any] = {"infrared": source(config.infrared), "visible": source(config.visible)}
-    if config.registration.calibration:
-        updates["registration"] = config.registration.model_copy(
-            update={"calibration": anchored(config.registration.calibration)}
-        )
+    for name, keys in READ_FILES.items():
+        section = getattr(config, name)
+        given = {key: anchored(path) for key in keys if (path := getattr(section, key))}
+        updates[name] = section.model_copy(update=given)
     return config.model_copy(update=updates)

@@ -166,13 +166,13 @@ class LivePipeline:
     def run(self, duration_s: float | None = None) -> dict[str, Any]:
         """Runs until `stop`, the end of both recordings, or `duration_s`, and returns the report."""
         self._started_ns = time.monotonic_ns()
-        self._warm_up()
-        if self._clock is not None:
-            self._clock.start()
-        deadline = None if duration_s is None else time.monotonic() + duration_s
-        for capture in self._captures.values():
-            capture.start()
         try:
+            self._warm_up()
+            if self._clock is not None:
+                self._clock.start()
+            deadline = None if duration_s is None else time.monotonic() + duration_s
+            for capture in self._captures.values():
+                capture.start()
             while not self._stop.is_set() and (deadline is None or time.monotonic() < deadline):
                 self._turn()
                 if all(capture.state == "ended" or capture.failure for capture in self._captures.values()):
@@ -258,7 +258,10 @@ class LivePipeline:
         self.telemetry.drop("fuse", reason)
         self._ledger.settle(pair, reason)
 
-    def _fuse_and_publish(self, pair: FramePair) -> None:
+    def _fuse_and_publish(self, paired: FramePair) -> None:
+        pair = self._fitting(paired)
+        if pair is None:
+            return
         self.telemetry.pair(pair.mode, pair.skew_ms)
         reference = pair.visible or pair.infrared
         assert reference is not None
@@ -286,6 +289,31 @@ class LivePipeline:
             self._video.write(fused.image, pair.captured_ns)
         if self._on_fused is not None:
             self._on_fused(fused)
+
+    def _fitting(self, pair: FramePair) -> FramePair | None:
+        """What is of use of a pair when a camera comes back with another picture size: the rig stays on air.
+
+        A size that never fitted is the user's mistake, and registration refuses it.
+        """
+        misfits = self._register.misfits(pair) if self.telemetry.fused else {}
+        for line in misfits.values():
+            self.telemetry.fallback(f"frames that do not fit are dropped: {line}")
+        if not misfits:
+            return pair
+        unfit = {frame.camera: frame for frame in (pair.infrared, pair.visible) if frame and frame.camera in misfits}
+        infrared = None if "infrared" in unfit else pair.infrared
+        visible = None if "visible" in unfit else pair.visible
+        for frame in unfit.values():
+            lone = frame.camera == "infrared"
+            self._ledger.settle(
+                FramePair(frame if lone else None, None if lone else frame, "ir_only" if lone else "vis_only"),
+                "unfit_size",
+            )
+        if infrared is None and visible is None:
+            self.telemetry.pair(pair.mode, pair.skew_ms)
+            self.telemetry.drop("fuse", "unfit_size")
+            return None
+        return replace(pair, infrared=infrared, visible=visible, mode="vis_only" if infrared is None else "ir_only")
 
     def _fuse_safely(self, aligned: AlignedPair) -> FusedFrame:
         """Fuses; an engine that fails in flight is replaced by a slower one, and that is reported."""

@@ -18,7 +18,7 @@ from calibration.rig_file import load_rig
 from calibration.warp import Maps, Warp
 from pipeline.config import RegistrationConfig
 from pipeline.errors import ConfigError
-from pipeline.frame import AlignedPair, Frame, FramePair
+from pipeline.frame import AlignedPair, Camera, Frame, FramePair
 from pipeline.gain import InfraredGain
 from pipeline.refinement import Refinement
 
@@ -70,7 +70,8 @@ class Register:
         Raises:
             ConfigError: a camera sends pictures of another size than it was calibrated for.
         """
-        self._check_sizes(pair)
+        for misfit in self.misfits(pair).values():
+            raise ConfigError(misfit)
         if pair.visible is not None:
             self._follow_size(pair.visible.size)
         maps = self._maps  # read once: the refinement may swap it at any time
@@ -86,6 +87,17 @@ class Register:
         if self._refinement is not None:
             self._refinement.offer(aligned, maps or self._refinement.maps)
         return aligned
+
+    def misfits(self, pair: FramePair) -> dict[Camera, str]:
+        """The cameras of a pair whose frames are not of the size that was calibrated, each with what to do."""
+        if self.rig is None:
+            return {}
+        sizes = ((pair.visible, self.rig.visible.size), (pair.infrared, self.rig.infrared.size))
+        return {
+            frame.camera: self._wrong_size(frame, size)
+            for frame, size in sizes
+            if frame is not None and frame.size != size
+        }
 
     def report(self) -> dict[str, Any]:
         """The report's account of the registration: its state, and what the refinement did."""
@@ -141,13 +153,6 @@ class Register:
             return picture
         how = cv2.INTER_AREA if size[0] < present[0] else cv2.INTER_LINEAR
         return np.asarray(cv2.resize(picture, size, interpolation=how))
-
-    def _check_sizes(self, pair: FramePair) -> None:
-        if self.rig is None:
-            return
-        for frame, model in ((pair.visible, self.rig.visible), (pair.infrared, self.rig.infrared)):
-            if frame is not None and frame.size != model.size:
-                raise ConfigError(self._wrong_size(frame, model.size))
 
     def _wrong_size(self, frame: Frame, expected: Size) -> str:
         assert self.rig is not None

@@ -103,8 +103,13 @@ def replay(
         infrared = frames_of(config.infrared, "infrared", rate_hz)
         visible = frames_of(config.visible, "visible", rate_hz)
         started_ns = time.monotonic_ns()
-        for pair in pair_recordings(infrared, visible, with_rig_offset(config.sync, register), account):
+        pairs = pair_recordings(infrared, visible, with_rig_offset(config.sync, register), account)
+        for pair in pairs:
             if stopped():
+                telemetry.pair(pair.mode, pair.skew_ms)
+                telemetry.drop("fuse", "stopping")
+                ledger.settle(pair, "stopping")
+                pairs.close()
                 break
             if config.rate_hz:
                 _wait_until(started_ns + round(telemetry.pairs / config.rate_hz * 1e9))

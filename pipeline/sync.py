@@ -26,7 +26,7 @@ Nothing here reads a clock or sleeps: time comes in with each call.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from statistics import median
 
@@ -450,11 +450,13 @@ def pair_recordings(
     visible: Iterable[Frame],
     config: SyncConfig | None = None,
     account: Account | None = None,
-) -> Iterator[FramePair]:
+) -> Generator[FramePair]:
     """Pairs two recordings by media time: the same rules without a clock, so the result is the same in every run.
 
     Each visible frame gives exactly one pair, with the infrared frame nearest in time. Where one recording starts
     earlier, ends later or has a gap, the other goes on alone. Frames are read only as far as they are needed.
+
+    Closing the generator early counts the frames that it had read ahead as dropped, "stopping".
 
     Differences to live: a picture that repeats is `held` however long it lasts (a recording may well contain still
     pictures), and nothing is ever too late.
@@ -475,28 +477,49 @@ class _Recordings:
         self._max_skew_ns = round(config.max_skew_ms * 1e6)
         self._hold_ns = round(config.hold_ms * 1e6)
         self._repeats = Repeats()
+        self._ahead: dict[Camera, _Candidate | None] = {}  # read, and not yet held or paired
         self._rhythm: dict[Camera, _Rhythm] = {"infrared": _Rhythm(), "visible": _Rhythm()}
         rate = 1 + config.infrared_drift_ppm * 1e-6
         self._infrared = self._ordered("infrared", infrared, round(config.infrared_offset_ms * 1e6), rate)
         self._visible = self._ordered("visible", visible, round(config.visible_offset_ms * 1e6))
 
-    def pairs(self) -> Iterator[FramePair]:
+    def pairs(self) -> Generator[FramePair]:
         before: list[_Candidate] = []  # infrared, up to and including the first one after the present visible frame
+        try:
+            yield from self._pairs(before)
+        except GeneratorExit:
+            self._forget(before, len(before), "stopping")
+            for camera, candidate in self._ahead.items():
+                if candidate is not None:
+                    self._account.drop(camera, "stopping")
+            raise
+
+    def _pairs(self, before: list[_Candidate]) -> Iterator[FramePair]:
         previous_ns: int | None = None
-        following = next(self._infrared, None)
+        following = self._read_infrared()
         for visible in self._visible:
+            self._ahead["visible"] = visible
             while following is not None and (not before or before[-1].captured_ns < visible.captured_ns):
-                before.append(following)
+                self._hold(before, following)
                 yield from self._alone_in_gap(before, previous_ns, visible.captured_ns)
-                following = next(self._infrared, None)
+                following = self._read_infrared()
+            self._ahead["visible"] = None
             yield self._pair(before, visible)
             previous_ns = visible.captured_ns
         while following is not None:
-            before.append(following)
-            following = next(self._infrared, None)
+            self._hold(before, following)
+            following = self._read_infrared()
             yield from self._alone_in_gap(before, previous_ns, None)
             self._forget(before, len(before) - 1, "superseded")
         self._forget(before, len(before), "superseded")
+
+    def _read_infrared(self) -> _Candidate | None:
+        self._ahead["infrared"] = next(self._infrared, None)
+        return self._ahead["infrared"]
+
+    def _hold(self, before: list[_Candidate], candidate: _Candidate) -> None:
+        before.append(candidate)
+        self._ahead["infrared"] = None
 
     def _ordered(
         self, camera: Camera, frames: Iterable[Frame], offset_ns: int, rate: float = 1.0

@@ -84,7 +84,8 @@ class Telemetry:
     def drop(self, stage: str, reason: str, count: int = 1) -> None:
         """Counts what a stage dropped."""
         with self._lock:
-            self._dropped[stage][reason] += count
+            if count:
+                self._dropped[stage][reason] += count
 
     def frame_used(self, camera: str) -> None:
         """Counts a source frame that is in a fused picture (a held frame counts once, at its first use)."""

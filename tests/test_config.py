@@ -75,3 +75,42 @@ def test_a_missing_file_is_named(tmp_path: Path):
 def test_relative_paths_are_taken_from_the_files_own_folder(tmp_path: Path):
     config = load_config(written(tmp_path, "infrared: {kind: folder, path: ir}\nvisible: {kind: folder, path: vis}\n"))
     assert config.infrared.path == str(tmp_path / "ir")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("x: 2024-13-45", "not valid YAML"),
+        ("a: &a [*a]", "nested too deeply, or into itself|unknown key"),
+        ("[" * 5000, "nested too deeply|not valid YAML"),
+        ("infrared: {kind: synthetic}\nvisible: {kind: synthetic}\nsync: {max_skew_ms: .inf}", "sync.max_skew_ms"),
+    ],
+    ids=["a date that is none", "a list in itself", "5000 brackets", "an infinite number"],
+)
+def test_strange_yaml_is_one_line(tmp_path: Path, text: str, complaint: str):
+    path = tmp_path / "rig.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=complaint) as raised:
+        load_config(path)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_device_is_no_configuration():
+    with pytest.raises(ConfigError, match="no file"):
+        load_config("/dev/zero")
+
+
+def test_files_that_are_read_lie_beside_the_configuration(tmp_path: Path):
+    path = tmp_path / "rig.yaml"
+    path.write_text(
+        "infrared: {kind: folder, path: ir}\nvisible: {kind: stream, url: vis.mkv}\n"
+        "registration: {calibration: rig_file.yaml}\nengine: {weights: mine.safetensors}\n"
+        "publish: {curve_secret_key_file: secret.key, authorized_keys_dir: /etc/keys}\noutput: {video: fused.mp4}\n"
+    )
+    config = load_config(path)
+    assert (config.infrared.path, config.visible.url) == (str(tmp_path / "ir"), str(tmp_path / "vis.mkv"))
+    assert config.registration.calibration == str(tmp_path / "rig_file.yaml")
+    assert config.engine.weights == str(tmp_path / "mine.safetensors")
+    assert config.publish.curve_secret_key_file == str(tmp_path / "secret.key")
+    assert config.publish.authorized_keys_dir == "/etc/keys"
+    assert config.output.video == "fused.mp4"  # written where the user stands

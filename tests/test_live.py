@@ -13,7 +13,7 @@ import pytest
 
 from calibration.rig_file import save_rig
 from pipeline.client import Client
-from pipeline.config import RigConfig
+from pipeline.config import RegistrationConfig, RigConfig
 from pipeline.errors import PublishError
 from pipeline.live import LivePipeline
 from pipeline.sources.opening import open_source
@@ -159,6 +159,33 @@ def test_a_calibrated_rig_is_reported_as_such(tmp_path: Path):
     report = LivePipeline(calibrated, engine=MaximumEngine()).run(duration_s=1.5)
     assert report["registration"]["state"] == "calibrated"
     assert report["fused"] > 10
+
+
+def test_a_camera_that_comes_back_with_another_size_leaves_the_other_one_on_air(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    config = rig_config()
+    save_rig(true_rig(config.infrared, config.visible), tmp_path / "rig.yaml")
+    config = config.model_copy(update={"registration": RegistrationConfig(calibration=str(tmp_path / "rig.yaml"))})
+
+    def opened(section, camera):
+        source = open_source(section, camera)
+        grab, count = source.grab, iter(range(10**6))
+
+        def smaller_later():
+            frame = grab()
+            return frame if camera == "visible" or next(count) < 25 else replace(frame, image=frame.image[:200])
+
+        source.grab = smaller_later
+        return source
+
+    monkeypatch.setattr("pipeline.live.open_source", opened)
+    report = LivePipeline(config, engine=MaximumEngine()).run(duration_s=4)
+    assert report["modes"]["fused"] > 10
+    assert report["modes"]["vis_only"] > 10
+    assert any("the infrared camera sends 320x200" in line for line in report["fallbacks"])
+    assert report["accounting"]["ir"]["dropped"]["fuse.unfit_size"] > 10
+    assert_every_frame_is_accounted_for(report)
 
 
 def test_the_engine_is_compiled_before_the_cameras_start_where_the_size_is_known():

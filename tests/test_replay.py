@@ -105,6 +105,19 @@ def test_stopping_early_leaves_a_whole_video_of_what_was_fused(tmp_path: Path, p
     assert frames_in(tmp_path / "fused.mp4") == 5
 
 
+@pytest.mark.parametrize("frames", [(50, 20), (20, 50), (25, 25)])
+@pytest.mark.parametrize("end", [1, 4, 15])
+def test_stopping_early_accounts_for_the_frames_that_were_read_ahead(tmp_path: Path, frames: tuple[int, int], end: int):
+    infrared = write_video(tmp_path / "ir.mkv", frames=frames[0], colour=False)
+    visible = write_video(tmp_path / "vis.mkv", frames=frames[1])
+    count = []
+    config = ReplayConfig(infrared=str(infrared), visible=str(visible))
+    report = replay(config, engine=MaximumEngine(), on_fused=count.append, stopped=lambda: len(count) >= end)
+    assert report["fused"] == end
+    for camera, account in report["accounting"].items():
+        assert account["captured"] == account["used"] + sum(account["dropped"].values()), (camera, account)
+
+
 @pytest.mark.parametrize(
     ("prepare", "complaint"),
     [
