@@ -39,14 +39,12 @@ def views_of(rig: Rig, board: Board, poses, noise_px=(0.15, 0.06), seed=1) -> De
         ):
             noise = random.normal(0, sigma / math.sqrt(2), (board.count, 2))
             points = true_points(model, placed, board.points()) + noise
-                0, sigma / math.sqrt(2), (board.count, 2)
-            )
             if camera == "infrared" and index % 2:
                 points = points[board.orders()[-1]]
             results[camera] = Detection(points, sigma, 25.0, 3.0, 20.0, False)
         views.append(BoardView(f"view {index}", results))
-    return Detections(board, {"infrared": rig.infrared.size, "visible": rig.visible.size}, {"infrared": 16, "visible": 8},
-                      tuple(views))  # fmt: skip
+    sizes = {"infrared": rig.infrared.size, "visible": rig.visible.size}
+    return Detections(board, sizes, {"infrared": 16, "visible": 8}, tuple(views))
 
 
 TRUTH = synthetic_rig()
