@@ -30,7 +30,6 @@ def demo_config(output: Path, scene: str) -> RigConfig:
         },
         "visible": {"kind": "synthetic", "scene": scene, "width": 640, "height": 480, "rate_hz": 25, "jitter_ms": 1.0},
         # A quarter of the picture is cold sky: without it the street would fill the upper half of the greys only.
-        "gain": {"low_percentile": 25, "high_percentile": 99.8},
     }  # fmt: skip
     try:
         config = RigConfig.model_validate(sections)
