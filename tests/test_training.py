@@ -291,7 +291,7 @@ def test_the_command_reads_its_configuration(config: TrainConfig, tmp_path: Path
         ("draw: {regoin_px: 64}", "draw.regoin_px: Unexpected keyword argument"),
         ("weights: {colour: -1}", "weights.colour: Input should be greater than or equal to 0"),
         ("draw: {region_px: 64}", "a crop of 128 pixels does not fit into a region of 64"),
-        ("variant: giant", "there is no variant 'giant': choose one of base, small, nano, tiny"),
+        ("variant: giant", "there is no variant 'giant': choose one of base, nano, small, tiny"),
         ("teacher: {variant: giant}", "there is no variant 'giant'"),
         ("shares: [1, 1, 1, 1]", "stage IV learns from video: name a folder in `videos`"),
         ("shares: [0, 0, 0]", "no stage is given any time"),
