@@ -19,7 +19,7 @@ Picture = NDArray[np.float32]
 Kind = Callable[[Picture, float, np.random.Generator], Picture]
 
 
-def degrade_visible(picture: Picture, kind: str, seed: int, strength: float = 0.5) -> Picture:
+def degrade_visible(picture: Picture, kind: str, seed: int | np.random.Generator, strength: float = 0.5) -> Picture:
     """A visible picture with the degradation `kind` of VISIBLE_DEGRADATIONS.
 
     Raises:
@@ -28,7 +28,7 @@ def degrade_visible(picture: Picture, kind: str, seed: int, strength: float = 0.
     return _apply(_VISIBLE, picture, kind, seed, strength)
 
 
-def degrade_infrared(picture: Picture, kind: str, seed: int, strength: float = 0.5) -> Picture:
+def degrade_infrared(picture: Picture, kind: str, seed: int | np.random.Generator, strength: float = 0.5) -> Picture:
     """An infrared picture with the degradation `kind` of INFRARED_DEGRADATIONS.
 
     Raises:
@@ -37,7 +37,7 @@ def degrade_infrared(picture: Picture, kind: str, seed: int, strength: float = 0
     return _apply(_INFRARED, picture, kind, seed, strength)
 
 
-def _apply(kinds: dict[str, Kind], picture: Picture, kind: str, seed: int, strength: float) -> Picture:
+def _apply(kinds: dict[str, Kind], picture: Picture, kind: str, seed: int | np.random.Generator, strength: float) -> Picture:
     if kind not in kinds:
         raise ValueError(f"there is no degradation '{kind}': choose one of {', '.join(kinds)}")
     if not 0 <= strength <= 1:

@@ -47,7 +47,7 @@ Report = Annotated[
     str | None, typer.Option("--report", help="Write the report as JSON to this file; - is the terminal.")
 ]
 AsJson = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to this file; - is the terminal.")]
-Variant = Annotated[str, typer.Option(help="Size of the network: nano or base.")]
+Variant = Annotated[str, typer.Option(help="Size of the network: nano, small or base.")]
 EngineName = Annotated[str, typer.Option("--engine", help="auto, openvino, pytorch, tensorrt or compile.")]
 Calibration = Annotated[
     str | None, typer.Option(help="A dspfusion-calibration/1 file; without it, the input is taken as registered.")

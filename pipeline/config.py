@@ -138,7 +138,7 @@ class GainConfig(Section):
 
 class EngineConfig(Section):
     runtime: Literal["auto", "tensorrt", "compile", "openvino", "pytorch"] = "auto"
-    variant: Literal["nano", "base"] = "nano"
+    variant: Literal["nano", "small", "base"] = "nano"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     threads: int = Field(0, ge=0, le=256)  # 0: chosen from the cores that the other stages leave free
     diffusion_steps: int = Field(4, ge=1, le=10)

@@ -27,7 +27,7 @@ def bench(
             "--engine", help="auto, tensorrt, compile, openvino or pytorch; openvino:fp32 names a precision. Repeat it."
         ),
     ] = None,
-    variant: Annotated[list[str] | None, typer.Option(help="nano or base; repeat the option.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="nano, small or base; repeat the option.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT; repeat the option.")] = None,
     what: Annotated[str, typer.Option(help="network, pipeline (all stages, live) or both.")] = "network",
     frames: Annotated[int, typer.Option(min=3, max=100_000, help="Timed frames of a row.")] = 60,

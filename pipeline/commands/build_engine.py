@@ -24,7 +24,7 @@ def build_engine(
     ] = None,
     size: Annotated[list[str] | None, typer.Option(help="WIDTHxHEIGHT of the visible camera; repeat it.")] = None,
     engine: Annotated[str | None, typer.Option("--engine", help="auto, tensorrt, compile, openvino, pytorch.")] = None,
-    variant: Annotated[str | None, typer.Option(help="nano or base.")] = None,
+    variant: Annotated[str | None, typer.Option(help="nano, small or base.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
     sizes: Annotated[
         str | None,
