@@ -37,7 +37,9 @@ def degrade_infrared(picture: Picture, kind: str, seed: int | np.random.Generato
     return _apply(_INFRARED, picture, kind, seed, strength)
 
 
-def _apply(kinds: dict[str, Kind], picture: Picture, kind: str, seed: int | np.random.Generator, strength: float) -> Picture:
+def _apply(
+    kinds: dict[str, Kind], picture: Picture, kind: str, seed: int | np.random.Generator, strength: float
+) -> Picture:
     if kind not in kinds:
         raise ValueError(f"there is no degradation '{kind}': choose one of {', '.join(kinds)}")
     if not 0 <= strength <= 1:
