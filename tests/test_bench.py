@@ -27,6 +27,7 @@ STABLE = {
 def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
     """Runs `dspfusion ARGUMENTS` in this process: (exit status, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", ["dspfusion", *arguments])
+    monkeypatch.setattr(cli, "leave", lambda status, _: sys.exit(status))
     with pytest.raises(SystemExit) as ended:
         cli.main()
     captured = capsys.readouterr()
