@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pipeline.commands.bench import bench
 from pipeline.commands.build_engine import build_engine
@@ -25,6 +23,7 @@ from pipeline.commands.evaluate import evaluate
 from pipeline.commands.train import train
 from pipeline.errors import ConfigError, DspfusionError
 from pipeline.redaction import redact
+from pipeline.terminal import console, progress
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,7 +38,6 @@ app.command()(bench)
 app.command("build-engine")(build_engine)
 app.command()(evaluate)
 app.command()(train)
-console = Console(stderr=True)
 
 MACHINE_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EIO)
 
@@ -266,15 +264,6 @@ def engine_config(runtime: str, variant: str) -> Any:
         return EngineConfig.model_validate({"runtime": runtime, "variant": variant})
     except ValidationError as error:
         raise ConfigError(f"--{first_problem(error).replace('runtime', 'engine', 1)}") from None
-
-
-@contextmanager
-def progress(name: str) -> Iterator[tuple[Callable[[int], None], Callable[[], None]]]:
-    """A bar for long work: (start with the total, advance by one). Shown on terminals only."""
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(name, total=None)
-        yield lambda total: bar.update(task, total=total), lambda: bar.advance(task)
 
 
 @app.command()

@@ -42,8 +42,8 @@ def bench(
     as_json: AsJson = None,
 ) -> None:
     """Time the engines of this machine: the network alone, and the live pipeline around it."""
-    from pipeline.cli import console
     from pipeline.telemetry import write_report
+    from pipeline.terminal import console
 
     if what not in ("network", "pipeline", "both"):
         raise ConfigError(f"--what {what}: choose network, pipeline or both")
@@ -300,7 +300,7 @@ def machine() -> dict[str, Any]:
 
 @contextmanager
 def rows_done(total: int) -> Iterator[Callable[[], None]]:
-    from pipeline.cli import progress
+    from pipeline.terminal import progress
 
     with progress("bench") as (start, advance):
         start(total)

@@ -36,8 +36,8 @@ def build_engine(
     as_json: AsJson = None,
 ) -> None:
     """Build the engines of a rig ahead of its first start, and compare them with PyTorch."""
-    from pipeline.cli import console
     from pipeline.telemetry import write_report
+    from pipeline.terminal import console
 
     rig, section = sections(config, engine, variant, precision)
     wanted = [size_of(text) for text in size or []] or sizes_of(rig, config)

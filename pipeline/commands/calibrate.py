@@ -55,7 +55,7 @@ def detect(
 
         raise ConfigError(f"--every {every:g}: give 0.02 to 60 seconds")
     pairing = pair_up(infrared, visible, every)
-    from pipeline.cli import progress
+    from pipeline.terminal import progress
 
     with progress("detect") as (start, advance):
         start(pairing.count)
@@ -91,8 +91,8 @@ def solve(
     from calibration.rig_file import save_rig
     from calibration.solve import solve as solve_rig
     from calibration.views import load_detections
-    from pipeline.cli import console, progress
     from pipeline.telemetry import write_report
+    from pipeline.terminal import console, progress
 
     seen = load_detections(detections)
     origin = _origin(detections)
@@ -130,8 +130,8 @@ def report(
     from calibration.rig_file import load_quality, load_rig
     from calibration.solve import PARALLAX_M, distance_name, parallax
     from calibration.views import load_detections
-    from pipeline.cli import console
     from pipeline.telemetry import write_report
+    from pipeline.terminal import console
 
     rig, seen = load_rig(calibration), load_detections(detections)
     quality = load_quality(calibration)
@@ -169,8 +169,8 @@ def selfcal(
     from calibration.rig_file import save_rig
     from calibration.selfcal import align
     from pipeline.board_views import pair_up
-    from pipeline.cli import console, progress
     from pipeline.telemetry import write_report
+    from pipeline.terminal import console, progress
 
     pairing = pair_up(infrared, visible, every)
     with progress("selfcal") as (start, advance):
@@ -288,7 +288,7 @@ def _numbers(values: Any) -> str:
 
 def _tell_detected(detections: Detections, found: dict[str, Any], paired_by: str) -> None:
     from calibration.targets import Refusal
-    from pipeline.cli import console
+    from pipeline.terminal import console
 
     console.print(f"{found['views']} views, paired by {paired_by}; the board in both pictures of {found['paired']}")
     for camera in ("infrared", "visible"):

@@ -234,7 +234,7 @@ def judge(request: Request) -> tuple[dict[str, Any], list[Table]]:
 
 def run_part(name: str, request: Request, serving: FusionEngine | None) -> Part:
     """Runs one part under a progress bar."""
-    from pipeline.cli import progress
+    from pipeline.terminal import progress
 
     with progress(name.replace("_", " ")) as watch:
         if name == "folders":

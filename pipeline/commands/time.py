@@ -29,10 +29,10 @@ def time(
     replay take off the infrared time. 30 s of irregular turning give it to a millisecond, two minutes the drift.
     """
     from calibration.time_offset import NoSharedMotion
-    from pipeline.cli import console, progress
     from pipeline.clock_recordings import compare_recordings
     from pipeline.recording import probe, refuse_unlikely
     from pipeline.telemetry import write_report
+    from pipeline.terminal import console, progress
 
     infos = probe(infrared), probe(visible)
     refuse_unlikely(*infos)
