@@ -24,7 +24,7 @@ Reason = Literal["absent", "small", "cut", "blurred", "count", "bent"]
 MIN_SPACING_PX = 8.0  # below, corners are found but off by half a pixel
 SEARCH_SIDE_PX = 800  # OpenCV's search is slow on large pictures; the points are measured at full size afterwards
 MAX_BLUR_SHARE = 0.6  # width of an edge, of the spacing
-MAX_SMEAR, MAX_SMEAR_SHARE = 1.8, 0.3  # edges that wide, against those of the other direction: it moved
+MAX_SMEAR, MAX_SMEAR_SHARE = 1.8, 0.45  # edges that wide, against those of the other direction: it moved
 MAX_MISFIT_SHARE = 0.05  # of the spacing: points that do not lie on one smooth grid
 MIN_AGREEMENT = 0.85  # share of places that have the colours of a board
 # Measured on heated boards: of all treatments these two left the least misfit (0.29 px; OpenCV's own points 0.60).
