@@ -55,9 +55,8 @@ AGREEING = 0.1  # product of two edges that are strong and run the same way
 MIN_EVIDENCE = 15.0  # log of how much more probable the pictures are together than as strangers
 MIN_BLOCKS = 6  # that support the answer
 MIN_SPREAD = 0.07  # of the picture's width and height: root mean square distance of these blocks from their middle
-MIN_AGREEMENT = (
-    0.05  # the outline of one near person alone is 0.03, and he may have moved; real scenes have 0.08 and more
-)
+# The outline of one near person alone is 0.03, and he may have moved; dark real scenes have 0.053 and more.
+MIN_AGREEMENT = 0.042
 
 
 @dataclass(frozen=True, eq=False)
