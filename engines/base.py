@@ -9,6 +9,7 @@ import numpy as np
 
 VISIBLE_DEGRADATIONS = ("none", "low_light", "over_exposure", "blur", "noise", "rain", "haze", "compression")
 INFRARED_DEGRADATIONS = ("none", "low_contrast", "noise", "stripes", "blur", "dead_pixels", "banding")
+NOISE_SEED = 20260  # of the noise that the diffusion starts from: kept with the weights, told in every message
 
 
 class EngineError(Exception):

@@ -262,6 +262,12 @@ class ClockWatch:
     def report(self) -> dict[str, Any]:
         return self._tracker.report()
 
+    @property
+    def drift_ppm(self) -> dict[str, float]:
+        """How much faster the infrared clock runs, where that is certain."""
+        found = self._tracker.latest
+        return {} if found is None or not self._tracker.sure else {"infrared": round(found.drift_ppm, 2)}
+
     def close(self) -> None:
         self._waiting.close()
         if self._thread.ident is not None:

@@ -9,6 +9,8 @@ Where the machine is too slow, the oldest frame is dropped and counted by reason
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import logging
 import time
 from collections import deque
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import EngineError, FusionEngine, fallbacks_of
+from engines.base import NOISE_SEED, EngineError, FusionEngine, fallbacks_of
 from engines.selection import create_engine
 from pipeline.capture import RECYCLE_S, Capture
 from pipeline.clock import ClockWatch
@@ -142,6 +144,7 @@ class LivePipeline:
         self._video: BackgroundVideo | None = None
         try:
             self._engine = engine or engine_for(config.engine)
+            self._engine_sha = engine_sha256(self._engine)
             self._fuse = Fuse(self._engine, config.priors, background=True, steady=config.steady)
             if config.output.video:
                 rate_hz = getattr(config.visible, "rate_hz", None) or 25.0
@@ -346,6 +349,7 @@ class LivePipeline:
         line = f"{failed} failed while running ({reason}): {self._engine.description.runtime} serves from now on"
         log.warning(line)
         self.telemetry.fallback(line)
+        self._engine_sha = engine_sha256(self._engine)
         self._fuse = Fuse(self._engine, self.config.priors, background=True, steady=self.config.steady)
 
     def _note_fallbacks(self) -> None:
@@ -355,7 +359,13 @@ class LivePipeline:
     def _context(self) -> PublishContext:
         return PublishContext(
             engine=self._engine.description,
+            engine_sha=self._engine_sha,
             diffusion_steps=self.config.engine.diffusion_steps,
+            seed=NOISE_SEED,
+            calibration_sha=self._register.calibration_sha256,
+            warp=self._register.correction,
+            clock_offset_ns=self._sync.offset_ns,
+            clock_drift_ppm=self._clock.drift_ppm if self._clock is not None else {},
             drops={camera: sum(capture.dropped.values()) for camera, capture in self._captures.items()},
         )
 
@@ -439,6 +449,18 @@ def engine_for(config: EngineConfig) -> FusionEngine:
         diffusion_steps=config.diffusion_steps,
         weights=config.weights,
     )
+
+
+def engine_sha256(engine: FusionEngine) -> str:
+    """Of all that decides what an engine computes: network, weights, runtime and its version, precision."""
+    told = engine.description
+    library = {"openvino": "openvino", "tensorrt": "torch-tensorrt"}.get(told.runtime, "torch")
+    try:
+        version = importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    parts = (told.variant, told.weights_sha256, told.runtime, told.precision, version)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 def describe_engine(engine: FusionEngine) -> dict[str, Any]:

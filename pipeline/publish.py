@@ -57,6 +57,8 @@ class PublishContext:
     warp: tuple[float, ...] | None = None  # 3x3, row by row
     reprojection_px: float | None = None
     drops: Mapping[str, int] = field(default_factory=dict)  # frames lost since the start, by stage
+    clock_offset_ns: Mapping[str, int] = field(default_factory=dict)  # camera -> what was taken off its capture times
+    clock_drift_ppm: Mapping[str, float] = field(default_factory=dict)  # camera -> estimated, where one is known
     flags: tuple[str, ...] = ()  # of messages.STATE_FLAGS, beyond those that the frame itself tells
 
 
@@ -375,8 +377,8 @@ class Publisher:
             infrared_captured_ns=self._utc(pair.infrared.captured_ns) if pair.infrared else None,
             visible_captured_ns=self._utc(pair.visible.captured_ns) if pair.visible else None,
             skew_us=None if pair.skew_ms is None else round(pair.skew_ms * 1000),
-            infrared_clock=_clock(pair.infrared),
-            visible_clock=_clock(pair.visible),
+            infrared_clock=_clock(pair.infrared, context),
+            visible_clock=_clock(pair.visible, context),
             width=image.shape[1],
             height=image.shape[0],
             step=image.shape[1] * channels if codec == "raw" else 0,
@@ -664,8 +666,15 @@ def _why_not_bound(endpoint: str, error: OSError | zmq.ZMQError) -> str:
     return f"cannot publish on {endpoint}: {error.strerror}: check publish.endpoint"
 
 
-def _clock(frame: Frame | None) -> messages.Clock | None:
-    return None if frame is None else messages.Clock(source=frame.clock, error_us=frame.clock_error_ns // 1000)
+def _clock(frame: Frame | None, context: PublishContext) -> messages.Clock | None:
+    if frame is None:
+        return None
+    return messages.Clock(
+        source=frame.clock,
+        error_us=frame.clock_error_ns // 1000,
+        offset_ns=context.clock_offset_ns.get(frame.camera, 0),
+        drift_ppm=context.clock_drift_ppm.get(frame.camera, 0.0),
+    )
 
 
 def _gain_control(gain: dict[str, Any]) -> messages.GainControl | None:

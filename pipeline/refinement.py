@@ -80,6 +80,11 @@ class Refinement:
         """The newest maps; one reference, swapped as a whole."""
         return self._maps
 
+    @property
+    def matrix(self) -> np.ndarray:
+        """The correction that the newest maps apply: 3x3, in pixels of the visible picture."""
+        return similarity(self._maps.parameters, self._size)
+
     def offer(self, aligned: AlignedPair, maps: Maps) -> None:
         """Shows a pair that was warped by `maps`. Live, this takes a fraction of a millisecond."""
         keyframe = None

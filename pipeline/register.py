@@ -7,6 +7,8 @@ says `calibrated = False`; a correction is followed all the same.
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -45,6 +47,7 @@ class Register:
         self._gain = gain
         self._background = background
         self.rig = rig if rig is not None or config.calibration is None else load_rig(config.calibration)
+        self.calibration_sha256 = "" if config.calibration is None or rig is not None else _sha256(config.calibration)
         self._visible_size: Size | None = None  # the last one seen: keeps the output's size while that camera is away
         self._warp = None if self.rig is None else Warp(self.rig, config.feather_px)
         self._refinement: Refinement | None = None
@@ -87,6 +90,13 @@ class Register:
         if self._refinement is not None:
             self._refinement.offer(aligned, maps or self._refinement.maps)
         return aligned
+
+    @property
+    def correction(self) -> tuple[float, ...] | None:
+        """The online correction of the moment, 3x3 row by row in visible pixels; None without a refinement."""
+        if self._refinement is None:
+            return None
+        return tuple(float(value) for value in self._refinement.matrix.ravel())
 
     def misfits(self, pair: FramePair) -> dict[Camera, str]:
         """The cameras of a pair whose frames are not of the size that was calibrated, each with what to do."""
@@ -163,6 +173,12 @@ class Register:
         return (
             f"the calibration is for {sizes}: set that camera to {_text(expected)}, or calibrate at {_text(frame.size)}"
         )
+
+
+def _sha256(path: str) -> str:
+    """Of a file, or of all files of a folder."""
+    files = sorted(Path(path).iterdir()) if Path(path).is_dir() else [Path(path)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files if file.is_file())).hexdigest()
 
 
 def _text(size: Size) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from engines.base import FusionEngine
+from engines.base import FusionEngine, fallbacks_of
 from pipeline.config import (
     EngineConfig,
     FolderSource,
@@ -94,8 +94,6 @@ def replay(
         stack.callback(publisher.close)
         engine = engine or engine_for(config.engine)
         stack.callback(engine.close)
-        for line in engine.description.fallbacks:
-            telemetry.fallback(line)
         fuse = Fuse(engine, config.priors, background=False, steady=config.steady)
         ledger = FrameLedger(telemetry)
         if on_start is not None:
@@ -138,6 +136,8 @@ def replay(
             for reason, count in reasons.items():
                 telemetry.drop("sync", f"{camera}_{reason}", count)
                 telemetry.frame_dropped(camera, "sync", reason, count)
+        for line in fallbacks_of(engine):
+            telemetry.fallback(line)
         return telemetry.report(
             {"infrared": account.captured["infrared"], "visible": account.captured["visible"]},
             engine=describe_engine(engine),

@@ -204,6 +204,11 @@ class Sync:
         """What is taken off the infrared capture times."""
         return self._offset_ns["infrared"] / 1e6
 
+    @property
+    def offset_ns(self) -> dict[str, int]:
+        """What is taken off the capture times of each camera at this moment."""
+        return {camera: offset_ns for camera, offset_ns in self._offset_ns.items()}
+
     def shift_infrared(self, by_ms: float) -> None:
         """Changes what is taken off the infrared capture times from now on; in small steps, time stays in order."""
         self._offset_ns["infrared"] += round(by_ms * 1e6)

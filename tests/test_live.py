@@ -56,6 +56,7 @@ def test_two_cameras_become_fused_messages_for_a_subscriber():
     consumer.join(timeout=5)
     assert len(received) == 10
     assert received[-1].image.shape == (240, 320, 3)
+    assert len(received[-1].header.engine_sha) == len(received[-1].header.weights_sha) == 64
     assert report["modes"]["fused"] > 40
     assert report["pairs"] == report["fused"] + sum(report["dropped"].get("fuse", {}).values())
     assert_every_frame_is_accounted_for(report)

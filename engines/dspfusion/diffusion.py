@@ -11,12 +11,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from engines.base import EngineError
+from engines.base import NOISE_SEED, EngineError
 from engines.dspfusion.priors import TOKENS, TokenMixer
 
 STEPS = 10
 BETA_FIRST, BETA_LAST = 0.1, 0.99
-NOISE_SEED = 20260
 
 
 class Denoiser(nn.Module):
@@ -37,7 +36,8 @@ class Denoiser(nn.Module):
 def alpha_bars() -> list[float]:
     """Share of signal (squared) left after each step; index 0 is the clean end."""
     shares = [1.0]
-    for beta in torch.linspace(BETA_FIRST, BETA_LAST, STEPS, dtype=torch.float64).tolist():
+    for step in range(STEPS):  # plain numbers, so that an export of the network holds constants
+        beta = BETA_FIRST + (BETA_LAST - BETA_FIRST) * step / (STEPS - 1)
         shares.append(shares[-1] * (1 - beta))
     return shares
 
