@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from typing import Protocol
 
 from pipeline.frame import Camera, Frame
@@ -48,6 +51,42 @@ class Source(Protocol):
     def close(self) -> None:
         """Lets go. May be called twice, and from another thread, which ends a grab within its read timeout."""
         ...
+
+
+class OpenedOnce(ABC):
+    """Lets `close` come from any thread: what is open is freed by the thread that uses it, when it returns.
+
+    Freeing a container that another thread reads would crash the process.
+    """
+
+    def __init__(self) -> None:
+        self._busy = threading.Lock()
+        self._closing = threading.Event()
+
+    def close(self) -> None:
+        """Lets go now, or when the grab under way returns: after the read timeout at the latest."""
+        self._closing.set()
+        self._let_go_if_idle()
+
+    @contextlib.contextmanager
+    def _using(self) -> Iterator[None]:
+        try:
+            with self._busy:
+                yield
+        finally:
+            if self._closing.is_set():
+                self._let_go_if_idle()
+
+    def _let_go_if_idle(self) -> None:
+        if self._busy.acquire(blocking=False):
+            try:
+                self._let_go()
+            finally:
+                self._busy.release()
+
+    @abstractmethod
+    def _let_go(self) -> None:
+        """Frees what is open; nothing, if nothing is."""
 
 
 class Pace:

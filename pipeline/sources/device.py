@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import threading
 import time
 from collections.abc import Iterator
 from fractions import Fraction
@@ -17,7 +16,7 @@ from av.video.frame import VideoFrame
 from pipeline.config import DeviceSource
 from pipeline.errors import SourceError
 from pipeline.frame import Camera, ClockSource, Frame
-from pipeline.sources.base import MAX_PIXELS
+from pipeline.sources.base import MAX_PIXELS, OpenedOnce
 from pipeline.sources.pictures import to_image
 
 OPEN_TIMEOUT_S = 10.0
@@ -72,19 +71,18 @@ def device_frame(picture: VideoFrame, camera: Camera, index: int, arrived_ns: in
     )
 
 
-class DeviceCamera:
+class DeviceCamera(OpenedOnce):
     """A V4L2 device."""
 
     live = True
 
     def __init__(self, config: DeviceSource, camera: Camera) -> None:
+        super().__init__()
         self.camera: Camera = camera
         self.config = config
         self.period_ns: int = round(1e9 / config.rate_hz) if config.rate_hz else 0
         self._container: InputContainer | None = None
         self._pictures: Iterator[VideoFrame] = iter(())
-        self._busy = threading.Lock()
-        self._closing = threading.Event()
         self._index = 0
 
     def open(self) -> None:
@@ -123,26 +121,6 @@ class DeviceCamera:
             frame = device_frame(picture, self.camera, self._index, arrived_ns, time.time_ns() - arrived_ns)
             self._index += 1
             return frame
-
-    def close(self) -> None:
-        self._closing.set()
-        self._let_go_if_idle()
-
-    @contextlib.contextmanager
-    def _using(self) -> Iterator[None]:
-        try:
-            with self._busy:
-                yield
-        finally:
-            if self._closing.is_set():
-                self._let_go_if_idle()
-
-    def _let_go_if_idle(self) -> None:
-        if self._busy.acquire(blocking=False):
-            try:
-                self._let_go()
-            finally:
-                self._busy.release()
 
     def _let_go(self) -> None:
         if self._container is not None:

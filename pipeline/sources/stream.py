@@ -7,7 +7,6 @@ first keyframe are rubbish.
 
 from __future__ import annotations
 
-import contextlib
 import struct
 import threading
 import time
@@ -30,7 +29,7 @@ from pipeline.errors import SourceEnded, SourceError
 from pipeline.frame import Camera, ClockSource, Frame
 from pipeline.redaction import redact, secrets_of
 from pipeline.sources.access_units import AccessUnit, AccessUnits
-from pipeline.sources.base import MAX_PIXELS, Pace
+from pipeline.sources.base import MAX_PIXELS, OpenedOnce, Pace
 from pipeline.sources.capture_time import CaptureTime, Timeline
 from pipeline.sources.pictures import to_image
 
@@ -51,11 +50,12 @@ FALLBACK_PERIOD_NS = 40_000_000
 REORDER_NS = 1_000_000_000
 
 
-class StreamCamera:
+class StreamCamera(OpenedOnce):
     """A network stream (live) or a video file (a recording)."""
 
     def __init__(self, config: StreamSource, camera: Camera) -> None:
         """Raises SourceError at once where the URL's scheme is none of rtsp, rtsps, udp, rtp and file."""
+        super().__init__()
         self.camera: Camera = camera
         self.config = config
         self.period_ns: int = 0  # 0: unknown before `open`, or not told by the stream
@@ -64,8 +64,6 @@ class StreamCamera:
         self._scheme = self._scheme_of(config.url)
         self.live: bool = self._scheme != "file"
         self._reader: _LiveReader | _FileReader | None = None
-        self._busy = threading.Lock()
-        self._closing = threading.Event()
         self._index = 0
         self._earlier_steps = 0  # of the connections before this one
 
@@ -93,28 +91,6 @@ class StreamCamera:
             self.period_ns = self._reader.period_ns
             self._index = frame.index + 1
             return frame
-
-    def close(self) -> None:
-        # Freeing a container that another thread reads would crash the process: that thread frees it when it returns,
-        # after the read timeout at the latest.
-        self._closing.set()
-        self._let_go_if_idle()
-
-    @contextlib.contextmanager
-    def _using(self) -> Iterator[None]:
-        try:
-            with self._busy:
-                yield
-        finally:
-            if self._closing.is_set():
-                self._let_go_if_idle()
-
-    def _let_go_if_idle(self) -> None:
-        if self._busy.acquire(blocking=False):
-            try:
-                self._let_go()
-            finally:
-                self._busy.release()
 
     def _let_go(self) -> None:
         if self._reader is not None:
