@@ -17,6 +17,7 @@ import numpy as np
 
 from calibration.ego_motion import EgoMotion, Motion
 from calibration.time_offset import MotionSignal, NoSharedMotion, TimeOffset, estimate_offset
+from pipeline.background import give_way
 from pipeline.frame import Camera, Frame
 from pipeline.handover import HandoverClosed, Latest
 from pipeline.shutter import Repeats
@@ -274,6 +275,7 @@ class ClockWatch:
             self._thread.join(1.0)
 
     def _run(self) -> None:
+        give_way()
         try:
             while True:
                 self._look_at(self._waiting.take())

@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 
 from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, FusionEngine, Priors
+from pipeline.background import give_way
 from pipeline.config import PriorsConfig, SteadyConfig
 from pipeline.frame import AlignedPair, FusedFrame
 from pipeline.handover import Latest
@@ -88,6 +89,7 @@ class PriorKeeper:
             self.updates += 1
 
     def _work(self) -> None:
+        give_way()
         while not self._stopping.is_set():
             try:
                 work = self._slot.take(timeout_s=0.2)

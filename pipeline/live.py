@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from engines.base import NOISE_SEED, EngineError, FusionEngine, fallbacks_of
+from engines.openvino_engine import usable_cores
 from engines.selection import create_engine
 from pipeline.capture import RECYCLE_S, Capture
 from pipeline.clock import ClockWatch
@@ -42,6 +43,7 @@ log = logging.getLogger("dspfusion.live")
 
 INBOX_FRAMES = 8  # per camera: about a third of a second; more would only be late
 WAITING_PAIRS = 2  # one that is due and one behind it: a hiccup is caught up with, and latency stays bounded
+CORES_TO_TRACK = 4
 IDLE_S = 0.05  # how often the flow looks up when no frame comes
 CAMERAS: tuple[Camera, Camera] = ("infrared", "visible")
 
@@ -126,7 +128,7 @@ class LivePipeline:
         sync = with_rig_offset(config.sync, self._register)
         self._sync = Sync(sync)
         self._clock: ClockWatch | None = None
-        if config.sync.track_offset:
+        if tracks_offset(config.sync):
             self._clock = ClockWatch(sync.infrared_offset_ms, sync.visible_offset_ms)
         self._inbox = Inbox()
         self._waiting: deque[FramePair] = deque()
@@ -412,6 +414,17 @@ class LivePipeline:
                 for reason, count in reasons.items():
                     self.telemetry.drop(stage, f"{camera}_{reason}", count)
                     self.telemetry.frame_dropped(camera, stage, reason, count)
+
+
+def tracks_offset(config: SyncConfig) -> bool:
+    """Whether the offset between the clocks is watched. It takes 1 ms of every frame of both cameras.
+
+    On two cores, which the network fills, that showed: capture to publish at 25 frames a second had a p95 of 69 to
+    113 ms with it and 58 ms without.
+    """
+    if config.track_offset == "auto":
+        return usable_cores() >= CORES_TO_TRACK
+    return config.track_offset
 
 
 def with_rig_offset(config: SyncConfig, register: Register) -> SyncConfig:

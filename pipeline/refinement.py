@@ -25,6 +25,7 @@ from calibration.residual import (
     thumbnail_of,
 )
 from calibration.warp import Maps, Warp
+from pipeline.background import give_way
 from pipeline.config import RegistrationConfig
 from pipeline.frame import AlignedPair
 from pipeline.handover import HandoverClosed, Latest
@@ -152,6 +153,7 @@ class Refinement:
 
     def _work(self) -> None:
         assert self._slot is not None
+        give_way()
         while True:
             try:
                 keyframe = self._slot.take(timeout_s=IDLE_S)
