@@ -1,8 +1,10 @@
 """Steady: noise is averaged over time where nothing moves, so that a fused video does not flicker.
 
-A restored frame still holds what its own noise left behind, and that changes from frame to frame. Where the local mean
-of the luminance stays within the noise, a pixel moves only a share of the way to its new value; where it leaves the
-noise, it takes the new value at once. The local mean keeps its sign, so noise cancels in it and motion does not.
+A restored frame still holds what its own noise left behind, and that changes from frame to frame. Where the luminance
+changes no more than noise does, a pixel moves only a share of the way to its new value; where it changes more, it takes
+the new value at once. Two means of a small window tell: the signed one, in which noise cancels and a thing that comes
+or goes does not, and that of the size, which shows fine texture that moves. How much noise there is, flat parts of the
+picture tell, because motion changes nothing there.
 """
 
 from __future__ import annotations
@@ -13,10 +15,13 @@ import numpy as np
 from pipeline.config import SteadyConfig
 
 WINDOW_PX = 5  # a moving thing of 2 x 2 pixels and 15 grey levels still shows in the mean of this window
-NOISE_SAMPLING = 4  # every so many rows and columns are enough to know the noise
-STILL_LEVELS = 1.0  # grey levels that count as still, even in a picture without noise
-NOISE_FACTOR = 1.5  # ... and so many times the median of the picture beyond them
-NOISE_MOST_LEVELS = 3.0  # a median above this is no noise: most of the picture moves, or another scene began
+SAMPLING = 4  # every so many rows and columns are enough to know the noise
+FLAT_SHARE = 0.3  # of the samples, those with the least slope
+# Grey levels and multiples of the noise that count as still, for the signed mean and for the mean of the size. They
+# were chosen on real clips: with larger ones, fine texture of a scene that moves was averaged away.
+STILL_SIGNED = (1.0, 1.5)
+STILL_SIZE = (0.5, 1.5)
+NOISE_MOST_LEVELS = (3.0, 6.0)  # more than this, of either mean in flat parts, is no noise: another scene began
 
 
 class Steady:
@@ -35,7 +40,7 @@ class Steady:
             presence: which cameras it shows (infrared, visible); a change starts anew.
 
         Returns:
-            uint8 RGB (H, W, 3), a new array.
+            uint8 RGB (H, W, 3).
         """
         if not self._config.enabled:
             return image
@@ -43,15 +48,34 @@ class Steady:
         if self._last is None or self._last.shape != newest.shape or presence != self._presence:
             self._last, self._presence = newest, presence
             return image
-        change = cv2.subtract(newest, self._last)
-        moved = np.abs(cv2.blur(cv2.cvtColor(change, cv2.COLOR_RGB2GRAY), (WINDOW_PX, WINDOW_PX)))
-        noise = float(np.median(moved[::NOISE_SAMPLING, ::NOISE_SAMPLING]))
-        if noise > NOISE_MOST_LEVELS:
+        change = cv2.cvtColor(cv2.subtract(newest, self._last), cv2.COLOR_RGB2GRAY)
+        signed = np.abs(cv2.blur(change, (WINDOW_PX, WINDOW_PX)))
+        size = cv2.blur(np.abs(change), (WINDOW_PX, WINDOW_PX))
+        flat = _flat(self._last)
+        signed_noise, size_noise = (float(np.median(_samples(mean)[flat])) for mean in (signed, size))
+        if signed_noise > NOISE_MOST_LEVELS[0] or size_noise > NOISE_MOST_LEVELS[1]:
             self._last = newest
             return image
-        threshold = STILL_LEVELS + NOISE_FACTOR * noise
-        # From the least share at the threshold to all of it at twice the threshold.
+        signed = signed * (1 / (STILL_SIGNED[0] + STILL_SIGNED[1] * signed_noise))
+        size = size * (1 / (STILL_SIZE[0] + STILL_SIZE[1] * size_noise))
+        # From the least share where a mean reaches its limit, to all of the new value at twice the limit.
         least = self._config.share
-        share = np.clip(moved * ((1 - least) / threshold) + (2 * least - 1), least, 1)
+        share = np.clip(np.maximum(signed, size) * (1 - least) + (2 * least - 1), least, 1)
         self._last = cv2.blendLinear(newest, self._last, share, 1 - share)
         return cv2.convertScaleAbs(self._last)
+
+
+def _samples(picture: np.ndarray) -> np.ndarray:
+    """Every so many pixels, none of them on the last row or column: each has a neighbour below and to the right."""
+    return picture[:-1:SAMPLING, :-1:SAMPLING]
+
+
+def _flat(picture: np.ndarray) -> np.ndarray:
+    """Which samples of the picture lie where its green hardly changes from pixel to pixel."""
+    green = picture[..., 1]
+    here = _samples(green)
+    rows, columns = here.shape
+    below = green[1::SAMPLING, ::SAMPLING][:rows, :columns]
+    right = green[::SAMPLING, 1::SAMPLING][:rows, :columns]
+    slope = np.abs(below - here) + np.abs(right - here)
+    return np.asarray(slope <= np.quantile(slope, FLAT_SHARE))
