@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from engines.arrays import last_line
 from engines.base import EngineError
@@ -236,9 +235,6 @@ class TensorRTEngine(GPUEngine):
     ) -> Graph:
         exact = module is self._prior or self.description.precision == "fp32"
         with torch.no_grad(), self._timing_cache() as timing_cache:
-            if module is self._prior:
-                # Plain numbers of the noise schedule are computed with tensors; traced so, they stay plain numbers.
-                module = make_fx(module, pre_dispatch=True)(*example)
             program = torch.export.export(module.eval(), example, dynamic_shapes=dynamic_shapes)
             compiled: Graph = self._trt.dynamo.compile(
                 program,

@@ -56,15 +56,6 @@ def refuse_unless_there(path: Path) -> None:
         raise SourceError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def images_in(folder: Path) -> list[Path]:
-    """The pictures of a folder in natural name order; empty if there are none.
-
-    Raises:
-        SourceError: the folder may not be read.
-    """
-    return image_files(folder, none_allowed=True)
-
-
 def refuse_overwriting(output: str | Path | None, *inputs: str | Path) -> None:
     """Raises ConfigError for an output that would replace a recording, or lie among its pictures."""
     if output is None:
@@ -122,7 +113,7 @@ def _refuse_unmatched(infrared: RecordingInfo, visible: RecordingInfo) -> None:
 
 
 def _probe_folder(path: Path) -> RecordingInfo:
-    images = images_in(path)
+    images = image_files(path, none_allowed=True)
     colour = bool(images) and is_colour(read_image(images[0], "visible"))
     return RecordingInfo(path, len(images), None, colour, tuple(image.stem for image in images))
 

@@ -16,9 +16,9 @@ from pipeline.errors import ConfigError, SourceError
 from pipeline.frame import Frame, FramePair
 from pipeline.fuse import Fuse
 from pipeline.gain import InfraredGain
-from pipeline.recording import images_in, is_colour, refuse_unless_there
+from pipeline.recording import is_colour, refuse_unless_there
 from pipeline.register import Register
-from pipeline.sources.folder import SUFFIXES, read_image
+from pipeline.sources.folder import SUFFIXES, image_files, read_image
 
 
 def list_pairs(infrared: Path, visible: Path, output: Path) -> list[tuple[Path, Path, Path]]:
@@ -34,7 +34,7 @@ def list_pairs(infrared: Path, visible: Path, output: Path) -> list[tuple[Path, 
     if not infrared.is_dir():
         target = output / f"{visible.stem}.png" if output.is_dir() else output
         return [(infrared, visible, target)]
-    by_name = [_by_name(images_in(folder)) for folder in (infrared, visible)]
+    by_name = [_by_name(image_files(folder, none_allowed=True)) for folder in (infrared, visible)]
     unmatched = sorted(by_name[0].keys() ^ by_name[1].keys())
     if unmatched:
         raise SourceError(

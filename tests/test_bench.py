@@ -13,8 +13,8 @@ import pytest
 from engines import bench as bench_module
 from engines.bench import bench, side_by_side
 from engines.dspfusion.variants import VARIANTS
-from pipeline import cli
 from pipeline.errors import ConfigError
+from tests.rigs.command import call
 from tests.rigs.engines import MaximumEngine
 from tests.rigs.networks import MINI, save_random_weights
 
@@ -22,16 +22,6 @@ STABLE = {
     "engine", "precision", "variant", "width", "height", "what", "median_ms", "p99_ms", "cpu_ms", "fps", "rss_mb",
     "threads",
 }  # fmt: skip
-
-
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
-    """Runs `dspfusion ARGUMENTS` in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["dspfusion", *arguments])
-    monkeypatch.setattr(cli, "leave", lambda status, _: sys.exit(status))
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.client import Client
+from tests.rigs.command import call
 from tests.rigs.engines import MaximumEngine
 from tests.rigs.recordings import write_video
 
@@ -26,16 +27,6 @@ infrared: {kind: synthetic, width: 160, height: 128}
 visible: {kind: synthetic, width: 160, height: 120}
 publish: {endpoint: "tcp://127.0.0.1:*"}
 """
-
-
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *arguments: str) -> tuple[int, str, str]:
-    """Runs `dspfusion ARGUMENTS` in this process: (exit status, stdout, stderr)."""
-    monkeypatch.setattr(sys, "argv", ["dspfusion", *arguments])
-    monkeypatch.setattr(cli, "leave", lambda status, _: sys.exit(status))
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
 
 
 @pytest.fixture

@@ -19,18 +19,7 @@ from engines.dspfusion.variants import VARIANTS, build, default_weights, load
 from engines.evaluation.degradations import degrade
 from engines.evaluation.evaluate import public_pairs
 from engines.training.losses import luminance
-
-TINY = dataclasses.replace(
-    VARIANTS["nano"],
-    name="tiny",
-    widths=(8, 8, 8),
-    degradation_width=8,
-    degradation_blocks=1,
-    semantic_width=8,
-    semantic_blocks=1,
-    denoiser_width=16,
-    denoiser_layers=1,
-)
+from tests.rigs.training import TINY
 
 
 @pytest.fixture(autouse=True)

@@ -121,10 +121,11 @@ def _pairs(infrared: Path, visible: Path, register: Any) -> Iterator[FramePair]:
 
 def _stills(infrared: Path, visible: Path) -> list[str]:
     """The names of still pairs, if that is what was given: two images, or two folders with equal names."""
-    from pipeline.recording import IMAGE_SUFFIXES, images_in
+    from pipeline.recording import IMAGE_SUFFIXES
+    from pipeline.sources.folder import image_files
 
     if infrared.is_dir() and visible.is_dir():
-        names = [sorted(file.stem for file in images_in(folder)) for folder in (infrared, visible)]
+        names = [sorted(file.stem for file in image_files(folder, none_allowed=True)) for folder in (infrared, visible)]
         return names[0] if names[0] == names[1] else []
     both = all(path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir() for path in (infrared, visible))
     return [visible.stem] if both else []
