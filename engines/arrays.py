@@ -54,6 +54,15 @@ def checked_priors(priors: Priors, widths: tuple[int, int]) -> tuple[NDArray[np.
     return tuple(np.ascontiguousarray(array, dtype=np.float32) for array in tokens)
 
 
+def picture_of(blocks: Image, size: tuple[int, ...]) -> Image:
+    """The picture, uint8 (height, width, 3) in memory of its own, that `FoldedFrame` returned as blocks."""
+    rows, columns, bytes_of_block = blocks.shape[1:]
+    step = round((bytes_of_block / 3) ** 0.5)
+    pixels = blocks.view(np.dtype((np.void, 3 * step))).reshape(rows, columns, step)  # a block's rows as one item each
+    picture = np.ascontiguousarray(pixels.transpose(0, 2, 1)).view(np.uint8).reshape(rows * step, columns * step, 3)
+    return picture if picture.shape[:2] == size else np.ascontiguousarray(picture[: size[0], : size[1]])
+
+
 def priors_from(arrays: Sequence[NDArray[np.float32]]) -> Priors:
     """`Priors` of a network's seven outputs, in the order of its fields."""
     return Priors(*(np.array(array, dtype=np.float32) for array in arrays))

@@ -103,15 +103,33 @@ def _noise(picture: Picture, strength: float, random: np.random.Generator) -> Pi
 
 
 def _rain(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
-    """Bright streaks in one direction, and a thin veil."""
-    height, width = picture.shape[:2]
-    drops = (random.random((height, width), dtype=np.float32) < _within(strength, 0.001, 0.004)).astype(np.float32)
+    """Bright streaks in one direction: single drops through a thin veil, or dense fine rain under a darker sky."""
+    angle_deg = 90 + random.uniform(-45, 45)
+    if random.random() < 0.5:
+        layer = _drops(picture.shape[:2], strength, angle_deg, random)
+        veil = _within(strength, 0.0, 0.1)
+        picture = picture * (1 - veil) + 0.8 * veil
+    else:
+        layer = _drizzle(picture.shape[:2], strength, angle_deg, random)
+        picture = picture * (1 - random.uniform(0, 0.12))
+    return picture + layer[..., None] * (1 - picture) * 0.9
+
+
+def _drops(shape: tuple[int, int], strength: float, angle_deg: float, random: np.random.Generator) -> Picture:
+    """Streaks of single drops that are near."""
+    drops = (random.random(shape, dtype=np.float32) < _within(strength, 0.001, 0.004)).astype(np.float32)
     length = int(random.integers(11, 30))
-    streaks = cv2.filter2D(drops, -1, _line(length, 90 + random.uniform(-30, 30)) * length)
+    streaks = cv2.filter2D(drops, -1, _line(length, angle_deg) * length)
     streaks = cv2.GaussianBlur(streaks, (0, 0), random.uniform(0.4, 1.0))
-    layer = np.minimum(streaks * _within(strength, 0.25, 0.7), 1)[..., None]
-    veil = _within(strength, 0.0, 0.1)
-    return (picture * (1 - veil) + 0.8 * veil) + layer * (1 - picture) * 0.9
+    return np.minimum(streaks * _within(strength, 0.25, 0.7), 1).astype(np.float32)
+
+
+def _drizzle(shape: tuple[int, int], strength: float, angle_deg: float, random: np.random.Generator) -> Picture:
+    """Many fine streaks of drops far away: noise drawn out along a line, of which the brighter part shows."""
+    noise = cv2.GaussianBlur(_normal(shape, random), (0, 0), random.uniform(0.3, 0.7))
+    drawn_out = cv2.filter2D(noise, -1, _line(int(random.integers(9, 45)), angle_deg))
+    streaks = drawn_out / max(1e-6, float(drawn_out.std())) - random.uniform(0.3, 1.2)
+    return np.clip(streaks * _within(strength, 0.05, 0.25), 0, 0.8).astype(np.float32)
 
 
 def _haze(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
@@ -148,10 +166,18 @@ def _banding(picture: Picture, strength: float, random: np.random.Generator) -> 
 
 
 def _low_contrast(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
-    """Squeezed about its mean, more in some places than in others."""
-    mean = float(picture.mean())
-    kept = _within(strength, 0.6, 0.25) * (0.85 + 0.3 * _smooth_field(picture.shape, random))
-    return np.asarray((picture - mean) * kept + mean + random.uniform(-0.05, 0.05), np.float32)
+    """Squeezed about its mean, more in some places than in others; or washed out by a curve that lifts the cold parts.
+
+    The curve is what a camera's own gain does with one very cold thing in view: all the rest ends up bright and flat.
+    """
+    if random.random() < 0.4:
+        kept = _within(strength, 0.6, 0.25) * (0.85 + 0.3 * _smooth_field(picture.shape, random))
+        mean = float(picture.mean())
+        return np.asarray((picture - mean) * kept + mean + random.uniform(-0.05, 0.25), np.float32)
+    curve = _within(strength, 0.6, 0.2) * (0.9 + 0.2 * _smooth_field(picture.shape, random))
+    foot = random.uniform(0.005, 0.05)  # without it, the curve would show the steps of 8-bit black
+    lifted = ((np.clip(picture, 0, 1) + foot) / (1 + foot)) ** curve
+    return np.asarray(random.uniform(0.6, 1.0) * lifted, np.float32)
 
 
 def _stripes(picture: Picture, strength: float, random: np.random.Generator) -> Picture:

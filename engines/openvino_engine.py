@@ -15,8 +15,9 @@ import tempfile
 import threading
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,6 +30,7 @@ from engines.arrays import (
     checked_pair,
     checked_priors,
     last_line,
+    picture_of,
     priors_from,
     refuse_unless_close,
     shape_of,
@@ -115,6 +117,7 @@ class OpenVINOEngine:
         self._variant, self._weights, self._diffusion_steps = variant, weights, diffusion_steps
         shape = shape_of(variant)
         self._token_widths = (shape.degradation_tokens, shape.semantic_tokens)
+        self._folds = shape.output == "restored"
         self.cache = EngineCache() if cache is None else cache
         self._compiled: dict[tuple[int, int], dict[str, _Program]] = {}
         self._compiling = threading.Lock()
@@ -141,8 +144,10 @@ class OpenVINOEngine:
         """See `FusionEngine`. The first picture of a size waits until the network is compiled for it."""
         infrared, visible = checked_pair(infrared, visible)
         tokens = checked_priors(priors, self._token_widths)
-        fused: Image = self._program("frame", infrared.shape)(infrared, visible, *tokens)[0]
-        return fused
+        program = self._program("frame", infrared.shape)
+        if not self._folds:
+            return program(infrared, visible, *tokens)[0]
+        return program(infrared, visible, *tokens, keep=partial(picture_of, size=infrared.shape))[0]
 
     def prepare(self, height: int, width: int) -> None:
         """Compiles for a picture size ahead of its first picture."""
@@ -246,6 +251,7 @@ class OpenVINOEngine:
     def _convert(self, height: int, width: int) -> dict[str, Any]:
         import torch
 
+        from engines.dspfusion.folded import FoldedFrame
         from engines.pytorch_engine import FrameGraph, PriorGraph
 
         network = self._reference().network
@@ -253,10 +259,11 @@ class OpenVINOEngine:
             raise EngineError("this engine was closed: create another one")
         pair = (torch.zeros(height, width, dtype=torch.uint8), torch.zeros(height, width, 3, dtype=torch.uint8))
         degradation, semantic = (torch.zeros(16, width) for width in self._token_widths)
+        frame_graph = FoldedFrame if self._folds else FrameGraph
         try:
             return {
                 "priors": self._convert_graph(PriorGraph(network, self._diffusion_steps), pair),
-                "frame": self._convert_graph(FrameGraph(network), (*pair, degradation, degradation.clone(), semantic)),
+                "frame": self._convert_graph(frame_graph(network), (*pair, degradation, degradation.clone(), semantic)),
             }
         except RuntimeError as error:
             raise EngineError(f"OpenVINO cannot convert this network ({last_line(error)}): use 'pytorch'") from error
@@ -311,15 +318,15 @@ class _Program:
         self._compiled = compiled
         self._idle: list[Any] = []  # append and pop are atomic
 
-    def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        """Runs the graph; the outputs are copies and belong to the caller."""
+    def __call__(self, *arrays: np.ndarray, keep: Callable[[np.ndarray], np.ndarray] = np.array) -> list[np.ndarray]:
+        """Runs the graph; what `keep` makes of every output belongs to the caller, and must be a copy."""
         try:
             request = self._idle.pop()
         except IndexError:
             request = self._compiled.create_infer_request()
         # Shared inputs are read in place; `arrays` keeps them alive until the call returns.
         outputs = request.infer(list(arrays), share_inputs=True, share_outputs=True)
-        copies = [np.array(outputs[index]) for index in range(len(outputs))]
+        copies = [keep(outputs[index]) for index in range(len(outputs))]
         self._idle.append(request)
         return copies
 

@@ -87,10 +87,20 @@ def test_more_strength_spoils_a_visible_picture_more(kind: str, measure):
     assert measure(colours()) <= weak < strong
 
 
-def test_low_contrast_keeps_the_mean_and_shrinks_the_spread():
-    spoiled = degrade_infrared(scene(), "low_contrast", 1, strength=1.0)
-    assert spoiled.mean() == pytest.approx(scene().mean(), abs=0.06)
-    assert spoiled.std() == pytest.approx(0.25 * scene().std(), rel=0.01)
+LOW_CONTRASTS = [degrade_infrared(scene(), "low_contrast", seed, strength=1.0) for seed in range(40)]
+
+
+def test_low_contrast_leaves_a_fraction_of_the_spread():
+    kept = [float(spoiled.std() / scene().std()) for spoiled in LOW_CONTRASTS]
+    assert max(kept) < 0.5
+    assert min(kept) == pytest.approx(0.2, abs=0.1)
+
+
+def test_low_contrast_comes_dark_as_well_as_washed_out():
+    """A camera's own gain leaves all but one very cold thing bright and flat."""
+    cold = [float(np.quantile(spoiled, 0.05)) for spoiled in LOW_CONTRASTS]
+    assert min(cold) < float(np.quantile(scene(), 0.05)) + 0.3
+    assert max(cold) > 0.6
 
 
 def test_stripes_differ_between_columns_and_hardly_within_one():
@@ -106,10 +116,21 @@ def test_haze_is_thicker_in_some_places():
     assert veil.max() - veil.min() > 0.1
 
 
-def test_rain_only_brightens():
-    without_veil = degrade_visible(colours(), "rain", 2, strength=0.0)
-    assert (without_veil >= colours() - 1e-6).all()
-    assert ((without_veil - colours()).mean(-1) > 0.05).mean() > 0.005  # streaks cover some of the picture
+def test_rain_is_made_of_brighter_streaks():
+    """Under a sky that may be up to 12 % darker."""
+    for seed in range(6):
+        change = (degrade_visible(colours(), "rain", seed, strength=1.0) - 0.88 * colours()).mean(-1)
+        assert (change >= -1e-6).all()
+        assert (change > 0.1).mean() > 0.005  # streaks cover some of the picture
+
+
+def test_rain_comes_as_single_drops_and_as_dense_drizzle():
+    covered = []
+    for seed in range(12):
+        change = (degrade_visible(np.zeros((96, 128, 3), np.float32), "rain", seed, strength=0.5)).mean(-1)
+        covered.append(float((change > change.min() + 0.02).mean()))
+    assert min(covered) < 0.12
+    assert max(covered) > 0.2
 
 
 def test_unknown_kinds_and_strengths_are_refused():

@@ -139,6 +139,44 @@ def test_bad_input_is_one_clear_line_and_nothing_is_written(tmp_path: Path, pair
     assert list(output.parent.iterdir()) == []
 
 
+@pytest.mark.parametrize("alias", ["same", "relative", "symbolic link", "hard link", "part", "calibration"])
+def test_an_output_that_is_an_input_under_any_name_is_refused(tmp_path: Path, pair, alias: str, monkeypatch):
+    recording, output = Path(pair["visible"]), tmp_path / "fused.mkv"
+    names = dict(pair)
+    if alias == "same":
+        output = recording
+    elif alias == "relative":
+        (tmp_path / "folder").mkdir()
+        monkeypatch.chdir(tmp_path / "folder")
+        output = Path("../folder/../vis.mkv")
+    elif alias == "symbolic link":
+        output.symlink_to(recording)
+    elif alias == "hard link":
+        output.hardlink_to(recording)
+    elif alias == "part":  # what is written aside, until it is whole, would replace it
+        names["visible"] = str(recording.rename(tmp_path / "fused.mkv.part"))
+    else:
+        names["calibration"] = str(output)
+    before = Path(names["visible"]).read_bytes()
+    with pytest.raises(ConfigError, match="choose another place"):
+        replay(ReplayConfig(**names, output=str(output)), engine=MaximumEngine())
+    assert Path(names["visible"]).read_bytes() == before
+
+
+def test_a_live_rig_does_not_write_its_video_over_a_recording_it_reads(tmp_path: Path, pair):
+    from pipeline.config import OutputConfig, RigConfig, StreamSource
+    from pipeline.live import LivePipeline
+
+    config = RigConfig(
+        infrared=StreamSource(url=pair["infrared"]),
+        visible=StreamSource(url=pair["visible"]),
+        publish=PublishConfig(endpoint=""),
+        output=OutputConfig(video=pair["visible"]),
+    )
+    with pytest.raises(ConfigError, match="choose another place"):
+        LivePipeline(config, engine=MaximumEngine())
+
+
 def text_file(folder: Path) -> Path:
     path = folder / "notes.mkv"
     path.write_text("this is no video\n" * 50)

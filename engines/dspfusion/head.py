@@ -57,15 +57,21 @@ class RestoredHead(nn.Module):
         self.register_buffer("colours", (one * colours[:, None, :, None, None]).flatten(0, 1), persistent=False)
 
     def forward(self, x: Tensor, infrared: Tensor, visible: Tensor) -> Tensor:
-        maps = [layer(x) for layer in self.maps]
         infrared = F.conv2d(infrared, self.plain, stride=self.step)
         luminance, blue, red = (F.conv2d(visible, kernel, stride=self.step) for kernel in self.colours.chunk(3))
+        fused, blue, red = self.restore(x, infrared, luminance, blue, red)
+        green = blue * (-BLUE / GREEN) + red * (-RED / GREEN)  # keeps the luminance
+        picture = torch.cat([fused + red, fused + green, fused + blue], 1).clamp(0, 1)
+        return F.pixel_shuffle(picture, self.step)
+
+    def restore(
+        self, x: Tensor, infrared: Tensor, luminance: Tensor, blue: Tensor, red: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Fused luminance and the corrected colour differences, from unshuffled planes."""
+        maps = [layer(x) for layer in self.maps]
         restored_visible = luminance + maps[0] * luminance + maps[1]
         restored_infrared = infrared + maps[2] * infrared + maps[3]
         gate = torch.sigmoid(maps[4] + GATE_AT_START)
         fused = restored_visible + gate * F.relu(restored_infrared - restored_visible)
-        blue = blue + blue * maps[5] + maps[6]  # 1.772 Cb
-        red = red + red * maps[5] + maps[7]  # 1.402 Cr
-        green = blue * (-BLUE / GREEN) + red * (-RED / GREEN)  # keeps the luminance
-        picture = torch.cat([fused + red, fused + green, fused + blue], 1).clamp(0, 1)
-        return F.pixel_shuffle(picture, self.step)
+        # 1.772 Cb and 1.402 Cr
+        return fused, blue + blue * maps[5] + maps[6], red + red * maps[5] + maps[7]

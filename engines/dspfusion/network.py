@@ -6,6 +6,7 @@ hand.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ from engines.dspfusion.diffusion import SemanticDiffusion
 from engines.dspfusion.head import RestoredHead, VisibleHead
 from engines.dspfusion.priors import TOKENS, PriorEncoder, TokenPyramid, mosaic, thumbnail
 from engines.dspfusion.variants import Variant
+
+Join = Callable[[int, Tensor, Tensor], Tensor]  # (level, from the level below, from the encoder)
 
 
 class PriorTokens(NamedTuple):
@@ -97,25 +100,36 @@ class FusionUNet(nn.Module):
     def forward(
         self, infrared: Tensor, visible: Tensor, degradation: tuple[Tensor, Tensor], semantic: Tensor
     ) -> Tensor:
-        streams = [self.enter_infrared(infrared), self.enter(visible)]
-        degradations = [self.degradation_pyramid(tokens) for tokens in degradation]
+        streams = self.enter_infrared(infrared), self.enter(visible)
+        return self.head(self.features(streams, degradation, semantic, self.join), infrared, visible)
+
+    def features(
+        self, streams: tuple[Tensor, Tensor], degradation: tuple[Tensor, Tensor], semantic: Tensor, join: Join
+    ) -> Tensor:
+        """From what entered of each modality (infrared first) to what the head reads.
+
+        Both modalities go through the encoder as one batch: half the steps, for the same arithmetic.
+        """
+        both = torch.cat(streams)
+        degradations = self.degradation_pyramid(torch.cat(degradation))
         semantics = self.semantic_pyramid(semantic)
         fused: list[Tensor] = []
         for level, (guide, encode, fuse) in enumerate(zip(self.guide, self.encode, self.fuse, strict=True)):
-            streams = [
-                encode(guide(stream, tokens[level], semantics[level]))
-                for stream, tokens in zip(streams, degradations, strict=True)
-            ]
-            fused.append(fuse(streams[0], streams[1], semantic))
+            both = encode(guide(both, degradations[level], torch.cat([semantics[level]] * 2)))
+            fused.append(fuse(*both.chunk(2), semantic))
             if level < len(self.down):
-                streams = [self.down[level](stream) for stream in streams]
+                both = self.down[level](both)
         x = fused[-1]
         for level in reversed(range(len(self.up))):
-            x = self.reduce[level](torch.cat([self.up[level](x), fused[level]], 1))
+            x = join(level, x, fused[level])
             if isinstance(self.integrate[level], SemanticIntegration):
                 x = self.integrate[level](x, semantics[level])
             x = self.decode[level](x)
-        return self.head(self.refine(x), infrared, visible)
+        return self.refine(x)
+
+    def join(self, level: int, coarse: Tensor, fine: Tensor) -> Tensor:
+        """A level's decoder input: what comes from the level below, and what the encoder kept of this one."""
+        return self.reduce[level](torch.cat([self.up[level](coarse), fine], 1))
 
 
 class DSPFusion(nn.Module):
