@@ -131,13 +131,12 @@ def run(
 def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str, Any]:
     """Runs a rig with its viewer, shows how it goes, and writes the report."""
     from pipeline.live import LivePipeline
-    from pipeline.recording import refuse_overwriting
+    from pipeline.recording import inputs_of, refuse_overwriting
     from pipeline.telemetry import check_report_target, write_report
 
     for target in (report, config.output.report):
         check_report_target(target)
-    for target in (config.output.video, config.output.report, report):
-        refuse_overwriting(target, *recordings_of(config))
+        refuse_overwriting(target, *inputs_of(config))
     pipeline = LivePipeline(config)
     with stopping_on_signals(pipeline.stop), viewer_of(config, pipeline.endpoint) as address:
         console.print(f"rig [bold]{config.rig}[/]: fused frames at {pipeline.endpoint or 'no endpoint'}")
@@ -149,14 +148,6 @@ def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str
         if target:
             write_report(result, target)
     return result
-
-
-def recordings_of(config: Any) -> list[str]:
-    """The files and folders that a rig reads."""
-    sections = (config.infrared, config.visible)
-    folders = [section.path for section in sections if section.kind == "folder"]
-    files = [section.url for section in sections if section.kind == "stream" and "://" not in section.url]
-    return [*folders, *files]
 
 
 @contextmanager
@@ -222,8 +213,7 @@ def replay(
     from pipeline.telemetry import check_report_target, write_report
 
     check_report_target(report)
-    for target in (output, report):
-        refuse_overwriting(target, infrared, visible)
+    refuse_overwriting(report, *(path for path in (infrared, visible, calibration) if path))
     config = ReplayConfig(
         infrared=infrared,
         visible=visible,
@@ -395,6 +385,7 @@ def config_check(config: Annotated[Path, typer.Argument(help="The rig's YAML fil
     """Check a configuration without starting anything."""
     from pipeline.config import load_config
     from pipeline.publish import refuse_open_endpoint
+    from pipeline.recording import inputs_of
     from pipeline.sources.opening import open_source
 
     checked = load_config(config)
@@ -406,8 +397,8 @@ def config_check(config: Annotated[Path, typer.Argument(help="The rig's YAML fil
     console.print(
         f"{config}: rig '{checked.rig}' is valid ({checked.infrared.kind} and {checked.visible.kind} sources)"
     )
-    for path in [*recordings_of(checked), checked.registration.calibration]:
-        if path and not Path(path).exists():
+    for path in inputs_of(checked):
+        if not Path(path).exists():
             console.print(f"[yellow]note:[/] {path} is not there yet", highlight=False)
 
 

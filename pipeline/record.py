@@ -18,6 +18,11 @@ TIME_BASE = Fraction(1, 90_000)
 FORMATS = {".mp4": "mp4", ".mkv": "matroska"}
 
 
+def part_of(path: Path) -> Path:
+    """Where a file is written before it is whole."""
+    return path.parent / f"{path.name}.part"
+
+
 class VideoFile:
     """An H.264 file (.mp4 or .mkv) of RGB frames with their own times.
 
@@ -32,7 +37,7 @@ class VideoFile:
             raise ConfigError(f"{self.path.name}: a video ends in .mp4 or .mkv: choose one of them")
         if not self.path.parent.is_dir():
             raise ConfigError(f"the folder {self.path.parent} does not exist: create it first")
-        self._part = self.path.with_name(self.path.name + ".part")
+        self._part = part_of(self.path)
         self._refuse_unwritable()
         self._rate_hz, self._preset, self._threads = rate_hz, preset, threads
         self._container: av.container.OutputContainer | None = None

@@ -11,7 +11,9 @@ import av
 import cv2
 import numpy as np
 
+from pipeline.config import FolderSource, RigConfig, StreamSource
 from pipeline.errors import ConfigError, SourceError
+from pipeline.record import part_of
 from pipeline.sources.folder import SUFFIXES, image_files, read_image
 
 IMAGE_SUFFIXES = SUFFIXES
@@ -56,15 +58,36 @@ def refuse_unless_there(path: Path) -> None:
         raise SourceError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
+def inputs_of(config: RigConfig) -> list[str]:
+    """The files and folders that a rig reads: recordings and calibration."""
+    paths = [config.registration.calibration]
+    for section in (config.infrared, config.visible):
+        if isinstance(section, FolderSource):
+            paths.append(section.path)
+        elif isinstance(section, StreamSource) and "://" not in (path := section.url.removeprefix("file://")):
+            paths.append(path)
+    return [path for path in paths if path]
+
+
 def refuse_overwriting(output: str | Path | None, *inputs: str | Path) -> None:
-    """Raises ConfigError for an output that would replace a recording, or lie among its pictures."""
+    """Raises ConfigError for an output that would replace an input, or lie among the pictures of one.
+
+    Links are followed, and two names of one file are one file. What is written aside first counts as well.
+    """
     if output is None:
         return
-    target = Path(output).expanduser().resolve()
-    for path in inputs:
-        source = Path(path).expanduser().resolve()
-        if target == source or (source.is_dir() and target.parent == source):
+    target = Path(output)
+    for path in map(Path, inputs):
+        replaced = any(_is_same(written, path) for written in (target, part_of(target)))
+        if replaced or (path.is_dir() and _is_same(target.absolute().parent, path)):
             raise ConfigError(f"{output} would replace or mix with the input {path}: choose another place")
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.resolve() == other.resolve() or one.samefile(other)
+    except (OSError, RuntimeError, ValueError):  # not there, a circle of links, or no path at all
+        return False
 
 
 def is_colour(image: np.ndarray) -> bool:

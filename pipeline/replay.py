@@ -28,7 +28,7 @@ from pipeline.gain import InfraredGain
 from pipeline.live import FrameLedger, describe_engine, engine_for, step_times, with_rig_offset
 from pipeline.publish import PublishContext, Publisher
 from pipeline.record import VideoFile
-from pipeline.recording import probe, refuse_unlikely
+from pipeline.recording import probe, refuse_overwriting, refuse_unlikely
 from pipeline.register import Register
 from pipeline.sources.opening import open_source
 from pipeline.sync import Account, pair_recordings
@@ -75,6 +75,7 @@ def replay(
     Raises:
         DspfusionError, EngineError, CalibrationError: bad input; nothing is left half-written.
     """
+    refuse_overwriting(config.output, *(path for path in (config.infrared, config.visible, config.calibration) if path))
     infos = probe(config.infrared), probe(config.visible)
     refuse_unlikely(*infos)
     rate_hz = infos[1].rate_hz or infos[0].rate_hz or DEFAULT_RATE_HZ
