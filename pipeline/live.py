@@ -34,6 +34,7 @@ from pipeline.fuse import Fuse
 from pipeline.gain import InfraredGain
 from pipeline.publish import PublishContext, Publisher
 from pipeline.record import BackgroundVideo
+from pipeline.recording import inputs_of, refuse_overwriting
 from pipeline.register import Register
 from pipeline.sources.opening import open_source
 from pipeline.sync import Sync
@@ -119,6 +120,7 @@ class LivePipeline:
         engine: FusionEngine | None = None,
         on_fused: Callable[[FusedFrame], None] | None = None,
     ) -> None:
+        refuse_overwriting(config.output.video, *inputs_of(config))
         self.config = config
         self.telemetry = Telemetry()
         self._stop = Event()
