@@ -35,11 +35,29 @@ class ForeignFileError(PermissionError):
 
 
 def cache_folder() -> Path:
-    """Where engines are kept: $DSPFUSION_CACHE, $XDG_CACHE_HOME/dspfusion or ~/.cache/dspfusion, then `engines`."""
-    if own := os.environ.get("DSPFUSION_CACHE"):
-        return Path(own).expanduser() / "engines"
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".cache") / "dspfusion" / "engines"
+    """Where engines are kept: $DSPFUSION_CACHE, $XDG_CACHE_HOME/dspfusion or ~/.cache/dspfusion, then `engines`.
+
+    A user without a home folder (a bare container's, a service's) gets one of his own below the temporary folder.
+    """
+    return (_lasting_folder() or _temporary_folder()) / "engines"
+
+
+def _lasting_folder() -> Path | None:
+    """None for a user whose home folder nobody knows. A variable that is empty counts as not set."""
+    for given, below in (
+        (os.environ.get("DSPFUSION_CACHE"), ""),
+        (os.environ.get("XDG_CACHE_HOME"), "dspfusion"),
+        (os.environ.get("HOME", "~"), ".cache/dspfusion"),
+    ):
+        if given:
+            # Path.expanduser would raise where there is no home; this leaves the tilde there.
+            folder = os.path.expanduser(given)
+            return None if folder.startswith("~") else Path(folder) / below
+    return None
+
+
+def _temporary_folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"dspfusion-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
 
 
 def cache_key(**parts: object) -> str:
@@ -90,6 +108,8 @@ def refuse_foreign(path: Path) -> None:
     """
     if not hasattr(os, "getuid"):
         return
+    if path.parent == _temporary_folder():  # everybody can foresee its name, and make it first
+        refuse_foreign(path.parent)
     status = path.lstat()
     if not (stat.S_ISDIR(status.st_mode) or stat.S_ISREG(status.st_mode)):
         raise ForeignFileError(f"{path} is no plain file or folder: set DSPFUSION_CACHE to a folder of your own")
@@ -107,6 +127,8 @@ class EngineCache:
         self.faults: list[str] = []  # what went wrong, in order
         self._warned = False
         self._lock = threading.Lock()
+        if folder is None and _lasting_folder() is None:
+            self.report(f"this user has no home folder, so engines are kept in {self.folder}: set DSPFUSION_CACHE")
 
     def find(self, key: str) -> Path | None:
         """The folder of a whole entry, its owner and its digests checked; None if there is none.

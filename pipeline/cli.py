@@ -190,7 +190,7 @@ def summarize(result: dict[str, Any]) -> None:
     console.print(f"dropped: {', '.join(dropped) or 'nothing'}")
     console.print(f"engine: {engine['variant']} on {engine['runtime']} in {engine['precision']} ({engine['why']})")
     for line in result["fallbacks"]:
-        console.print(f"[yellow]fallback:[/] {redact(line)}", highlight=False)
+        console.print(f"[yellow]fallback:[/] {redact(line)}", highlight=False, soft_wrap=True)
 
 
 @app.command()

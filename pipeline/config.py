@@ -286,7 +286,7 @@ def first_problem(error: ValidationError) -> str:
 
 def _anchor_paths(config: RigConfig, folder: Path) -> RigConfig:
     def anchored(path: str) -> str:
-        expanded = Path(path).expanduser()
+        expanded = Path(os.path.expanduser(path))
         return str(expanded) if expanded.is_absolute() else str((folder / expanded).resolve())
 
     def source(camera: Any) -> Any:

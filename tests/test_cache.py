@@ -216,3 +216,44 @@ def test_the_folder_is_where_the_user_says(monkeypatch, tmp_path):
     monkeypatch.delenv("DSPFUSION_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_folder() == tmp_path / "xdg" / "dspfusion" / "engines"
+
+
+def nobodys_home(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
+    """A user with neither HOME nor an entry in the list of users."""
+    for variable in ("DSPFUSION_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["no such user"])
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+
+
+@owners
+def test_without_a_home_folder_engines_are_kept_in_the_temporary_one_and_that_is_counted(monkeypatch, tmp_path, caplog):
+    nobodys_home(monkeypatch, tmp_path)
+    with caplog.at_level(logging.WARNING, "dspfusion.engines"):
+        cache = EngineCache()
+    assert cache.folder == tmp_path / f"dspfusion-{os.getuid()}" / "engines"
+    assert len(caplog.records) == len(cache.faults) == 1
+    assert "no home folder" in cache.faults[0]
+    assert "set DSPFUSION_CACHE" in cache.faults[0]
+    entry = store(cache)
+    assert EngineCache().find("key") == entry
+
+
+@owners
+def test_a_temporary_folder_that_somebody_else_made_first_is_not_used(monkeypatch, tmp_path):
+    nobodys_home(monkeypatch, tmp_path)
+    cache = EngineCache()
+    store(cache)
+    cache.folder.parent.chmod(0o777)
+    assert cache.find("key") is None
+    assert cache.store("other", lambda folder: None) is None
+    assert "others may write" in cache.faults[1]
+
+
+@pytest.mark.parametrize("variable", ["DSPFUSION_CACHE", "XDG_CACHE_HOME", "HOME"])
+def test_a_folder_named_by_a_tilde_is_never_made_where_the_user_stands(monkeypatch, tmp_path, variable):
+    nobodys_home(monkeypatch, tmp_path)
+    monkeypatch.setenv(variable, "~nobody-of-this-name/cache")
+    assert cache_folder().is_relative_to(tmp_path)
+    monkeypatch.setenv(variable, "")
+    assert cache_folder().is_relative_to(tmp_path)

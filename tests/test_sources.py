@@ -474,3 +474,11 @@ def test_log_records_lose_their_credentials_with_arguments_and_tracebacks(caplog
     assert "cannot open rtsp://***@h/x" in lines[0]
     assert "Traceback" in lines[0]
     assert "s3cret" not in lines[0]
+
+
+@pytest.mark.parametrize("source", [StreamSource(url="~/ir.mkv"), FolderSource(path="~/ir")])
+def test_a_tilde_of_a_user_without_a_home_is_one_clear_line(monkeypatch, source):
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["no such user"])
+    with pytest.raises(SourceError, match=r"there is no (file|folder) ~/ir"):
+        open_source(source, "infrared").open()

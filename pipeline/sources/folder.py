@@ -98,7 +98,7 @@ class ImageFolder:
 
     def open(self) -> None:
         self._closing.clear()
-        self._files = image_files(Path(self.config.path).expanduser())
+        self._files = image_files(Path(os.path.expanduser(self.config.path)))
         self._next, self._size, self._pace = 0, (), Pace()
         self._start = self._index
 

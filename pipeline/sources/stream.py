@@ -7,6 +7,7 @@ first keyframe are rubbish.
 
 from __future__ import annotations
 
+import os
 import struct
 import threading
 import time
@@ -151,7 +152,7 @@ class StreamCamera(OpenedOnce):
 
     def _file_path(self) -> Path:
         text = self.config.url
-        path = Path(text.partition("://")[2] if "://" in text else text).expanduser()
+        path = Path(os.path.expanduser(text.partition("://")[2] if "://" in text else text))
         if not path.exists():
             raise SourceError(f"there is no file {path}: check the path")
         if path.is_dir():
