@@ -8,11 +8,12 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +25,9 @@ from pipeline.commands.train import train
 from pipeline.errors import ConfigError, DspfusionError
 from pipeline.redaction import redact
 from pipeline.terminal import console, progress
+
+if TYPE_CHECKING:
+    from pipeline.live import LivePipeline
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -138,7 +142,7 @@ def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str
         check_report_target(target)
         refuse_overwriting(target, *inputs_of(config))
     pipeline = LivePipeline(config)
-    with stopping_on_signals(pipeline.stop), viewer_of(config, pipeline.endpoint) as address:
+    with stopping_on_signals(pipeline.stop), viewer_of(config, pipeline) as address:
         console.print(f"rig [bold]{config.rig}[/]: fused frames at {pipeline.endpoint or 'no endpoint'}")
         if address:
             console.print(f"viewer: [bold cyan]{address}[/]")
@@ -151,15 +155,28 @@ def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str
 
 
 @contextmanager
-def viewer_of(config: Any, endpoint: str) -> Iterator[str | None]:
-    """The viewer that a configuration asks for, as its address."""
-    if not (config.viewer.enabled and endpoint):
+def viewer_of(config: Any, pipeline: LivePipeline) -> Iterator[str | None]:
+    """The viewer that a configuration asks for, as its address. It is given keys where the rig publishes encrypted."""
+    if not (config.viewer.enabled and pipeline.endpoint):
         yield None
         return
     from pipeline.viewer.server import Viewer
 
-    with Viewer(endpoint, config.viewer.host, config.viewer.port, rig=config.rig) as viewer:
+    with tempfile.TemporaryDirectory(prefix="dspfusion-") as folder:
+        server_key, secret_key = pipeline.invite(Path(folder)) or (None, None)
+        viewer = Viewer(
+            pipeline.endpoint,
+            config.viewer.host,
+            config.viewer.port,
+            rig=config.rig,
+            server_key=server_key,
+            secret_key=secret_key,
+        )
+        viewer.start()  # reads the keys: no copy of them is left when the folder goes
+    try:
         yield viewer.url
+    finally:
+        viewer.stop()
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 from threading import Condition, Event
 from typing import Any
 
@@ -165,6 +166,10 @@ class LivePipeline:
     def endpoint(self) -> str:
         """Where the fused frames are published, as bound."""
         return self._publisher.endpoint
+
+    def invite(self, folder: Path) -> tuple[str, Path] | None:
+        """See `Publisher.invite`."""
+        return self._publisher.invite(folder)
 
     def stop(self) -> None:
         """Asks the run to end; may be called from any thread or a signal handler."""

@@ -120,6 +120,17 @@ class _Work:
     handed_over_ns: int
 
 
+class GuestList:
+    """Who may subscribe to an encrypted publisher, by their public keys."""
+
+    def __init__(self) -> None:
+        self.keys: set[bytes] = set()  # Z85
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        """What ZeroMQ's authenticator asks, from its own thread."""
+        return key in self.keys
+
+
 class Publisher:
     """Owns the socket and its thread. Open from construction until `close`."""
 
@@ -185,6 +196,8 @@ class Publisher:
         self._zmq: zmq.Context[zmq.Socket[bytes]] | None = None
         self._socket: zmq.Socket[bytes] | None = None
         self._authenticator: ThreadAuthenticator | None = None
+        self._public_key = ""  # of ours, Z85; "" without encryption
+        self._guests = GuestList()
         self.endpoint = ""  # as bound: a port of 0 is replaced by the one that was given
         if config.endpoint:
             self._open()
@@ -226,6 +239,18 @@ class Publisher:
     def event(self, kind: str, text: str, **details: Any) -> None:
         """Tells subscribers of `event` that something happened. Never waits."""
         self._events.append(messages.Event(kind=kind, text=text, details=details))
+
+    def invite(self, folder: Path) -> tuple[str, Path] | None:
+        """Makes keys for one more subscriber, such as the viewer of this rig, and lets it in while we run.
+
+        Returns:
+            Our public key, and the file in `folder` with the subscriber's secret one; None where nothing is encrypted.
+        """
+        if not self._public_key:
+            return None
+        public, secret = create_keys(folder, "guest")
+        self._guests.keys.add(zmq.auth.load_certificate(public)[0])
+        return self._public_key, secret
 
     def statistics(self) -> dict[str, Any]:
         """Counts since the start, and percentiles of the newest 2048 frames.
@@ -597,9 +622,14 @@ class Publisher:
                 "subscribe, ZeroMQ would accept any key"
             )
         secret = read_secret_key(Path(self._config.curve_secret_key_file))
+        try:
+            self._guests.keys.update(zmq.auth.load_certificates(keys))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"publish.authorized_keys_dir {keys!r} has a file that is no key: {error}") from None
+        self._public_key = zmq.curve_public(secret).decode()
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.start()
-        self._authenticator.configure_curve(domain="*", location=keys)
+        self._authenticator.configure_curve_callback("*", credentials_provider=self._guests)
         socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
         socket.setsockopt(zmq.CURVE_SERVER, 1)
 

@@ -367,11 +367,14 @@ def test_keys_that_cannot_be_used_are_refused(keys, tmp_path):
     readable = tmp_path / "readable.key_secret"
     readable.write_bytes(made["server"][1].read_bytes())
     readable.chmod(0o644)
+    (tmp_path / "nonsense").mkdir()
+    (tmp_path / "nonsense" / "a.key").write_text("no key")
     for secret, folder, why in (
         (str(tmp_path / "missing"), str(known), "cannot read a key"),
         (str(made["server"][0]), str(known), "no secret key"),
         (str(readable), str(known), "chmod 600"),
         (str(made["server"][1]), str(tmp_path / "missing"), "is no folder"),
+        (str(made["server"][1]), str(tmp_path / "nonsense"), "a file that is no key"),
     ):
         config = PublishConfig(endpoint=LOOPBACK, curve_secret_key_file=secret, authorized_keys_dir=folder)
         with pytest.raises(ConfigError, match=why):

@@ -17,10 +17,14 @@ import aiohttp
 import msgspec
 import numpy as np
 import pytest
+from rigs.engines import MaximumEngine
 from rigs.publishing import feeding, fused_frame, publishing, wait_until
 
 from engines.base import EngineDescription
-from pipeline.publish import PublishContext
+from pipeline.cli import viewer_of
+from pipeline.config import PublishConfig, RigConfig, SyntheticSource, ViewerConfig
+from pipeline.live import LivePipeline
+from pipeline.publish import PublishContext, create_keys
 from pipeline.viewer.server import Viewer, ViewerError, _host_allowed, run
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -72,13 +76,14 @@ def test_healthz_tells_whether_the_rig_is_heard():
         assert (status, json.loads(text)["status"]) == (503, "no_signal")
 
 
-def test_pictures_are_encoded_only_while_a_page_is_open():
-    async def first_picture(websocket):
-        while True:
-            packet = await websocket.receive()
-            if packet.type == aiohttp.WSMsgType.BINARY:
-                return parse(packet.data)
+async def first_picture(websocket):
+    while True:
+        packet = await websocket.receive()
+        if packet.type == aiohttp.WSMsgType.BINARY:
+            return parse(packet.data)
 
+
+def test_pictures_are_encoded_only_while_a_page_is_open():
     with publishing() as publisher, feeding(publisher), Viewer(publisher.endpoint, port=0, rig="car") as viewer:
         wait_until(lambda: get(viewer.url + "healthz")[0] == 200)
         assert "jpeg" not in publisher.statistics()["encoded"]
@@ -88,6 +93,33 @@ def test_pictures_are_encoded_only_while_a_page_is_open():
         assert jpeg.startswith(b"\xff\xd8")
         wait_until(lambda: not any("jpeg" in prefix for prefix in publisher.statistics()["subscriptions"]))
         assert "pictures_sent_total" in get(viewer.url + "metrics")[1]
+
+
+def test_the_viewer_of_an_encrypted_rig_shows_it_and_leaves_no_key_behind(tmp_path, monkeypatch):
+    config = RigConfig(
+        rig="car",
+        infrared=SyntheticSource(width=160, height=128),
+        visible=SyntheticSource(width=160, height=120),
+        publish=PublishConfig(
+            endpoint="tcp://0.0.0.0:*",
+            curve_secret_key_file=str(create_keys(tmp_path / "server", "server")[1]),
+            authorized_keys_dir=str(create_keys(tmp_path / "known", "friend")[0].parent),
+        ),
+        viewer=ViewerConfig(enabled=True, port=0),
+    )
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    pipeline = LivePipeline(config, engine=MaximumEngine())
+    running = threading.Thread(target=pipeline.run, args=(20,))
+    running.start()
+    try:
+        with viewer_of(config, pipeline) as address:
+            assert not list((tmp_path / "temporary").iterdir())
+            facts, jpeg = asyncio.run(asyncio.wait_for(connected(address, first_picture), timeout=20))
+        assert (facts["rig"], jpeg[:2]) == ("car", b"\xff\xd8")
+    finally:
+        pipeline.stop()
+        running.join(10)
 
 
 def test_a_page_that_draws_slowly_gets_fewer_pictures_and_newer_ones():
