@@ -135,9 +135,11 @@ def run(
 def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str, Any]:
     """Runs a rig with its viewer, shows how it goes, and writes the report."""
     from pipeline.live import LivePipeline
+    from pipeline.process import carry_frames
     from pipeline.recording import inputs_of, refuse_overwriting
     from pipeline.telemetry import check_report_target, write_report
 
+    carry_frames()
     for target in (report, config.output.report):
         check_report_target(target)
         refuse_overwriting(target, *inputs_of(config))
@@ -224,11 +226,13 @@ def replay(
 ) -> None:
     """Fuse recordings: nothing is dropped, and equal input gives equal output."""
     from pipeline.config import PublishConfig
+    from pipeline.process import carry_frames
     from pipeline.recording import refuse_overwriting
     from pipeline.replay import ReplayConfig
     from pipeline.replay import replay as replay_recordings
     from pipeline.telemetry import check_report_target, write_report
 
+    carry_frames()
     check_report_target(report)
     refuse_overwriting(report, *(path for path in (infrared, visible, calibration) if path))
     config = ReplayConfig(

@@ -29,7 +29,9 @@ class Steady:
 
     def __init__(self, config: SteadyConfig) -> None:
         self._config = config
-        self._last: np.ndarray | None = None  # float32 (H, W, 3): a share of a grey level per frame must not be lost
+        # float32 (H, W, 3): a share of a grey level per frame must not be lost. The other two are written over in
+        # turns, because fresh memory for every frame took half of the time.
+        self._last = self._newest = self._spare = np.empty((0, 0, 3), np.float32)
         self._presence: tuple[bool, bool] | None = None
 
     def __call__(self, image: np.ndarray, presence: tuple[bool, bool]) -> np.ndarray:
@@ -44,33 +46,47 @@ class Steady:
         """
         if not self._config.enabled:
             return image
-        newest = image.astype(np.float32)
-        if self._last is None or self._last.shape != newest.shape or presence != self._presence:
-            self._last, self._presence = newest, presence
+        if self._last.shape != image.shape or presence != self._presence:
+            self._last, self._presence = image.astype(np.float32), presence
+            self._newest, self._spare = np.empty_like(self._last), np.empty_like(self._last)
             return image
-        change = cv2.cvtColor(cv2.subtract(newest, self._last), cv2.COLOR_RGB2GRAY)
-        signed = np.abs(cv2.blur(change, (WINDOW_PX, WINDOW_PX)))
-        size = cv2.blur(np.abs(change), (WINDOW_PX, WINDOW_PX))
-        flat = _flat(self._last)
+        share = self._share_of_newest(image)
+        if share is None:
+            np.copyto(self._last, image)
+            return image
+        np.copyto(self._newest, image)
+        cv2.blendLinear(self._newest, self._last, share, 1 - share, self._spare)
+        self._last, self._spare = self._spare, self._last
+        return cv2.convertScaleAbs(self._last)
+
+    def _share_of_newest(self, image: np.ndarray) -> np.ndarray | None:
+        """How far every pixel goes to its new value, float32 (H, W) in [share, 1]; None where all of it is new."""
+        luminance = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
+        change = cv2.subtract(luminance, cv2.cvtColor(self._last, cv2.COLOR_RGB2GRAY), dtype=cv2.CV_32F)
+        signed = np.asarray(cv2.blur(change, (WINDOW_PX, WINDOW_PX)), np.float32)
+        np.abs(signed, out=signed)
+        size = np.asarray(cv2.blur(np.abs(change), (WINDOW_PX, WINDOW_PX)), np.float32)
+        flat = _flat(luminance)
         signed_noise, size_noise = (float(np.median(_samples(mean)[flat])) for mean in (signed, size))
         if signed_noise > NOISE_MOST_LEVELS[0] or size_noise > NOISE_MOST_LEVELS[1]:
-            self._last = newest
-            return image
-        signed = signed * (1 / (STILL_SIGNED[0] + STILL_SIGNED[1] * signed_noise))
-        size = size * (1 / (STILL_SIZE[0] + STILL_SIZE[1] * size_noise))
+            return None
         # From the least share where a mean reaches its limit, to all of the new value at twice the limit.
         least = self._config.share
-        share = np.clip(np.maximum(signed, size) * (1 - least) + (2 * least - 1), least, 1)
-        self._last = cv2.blendLinear(newest, self._last, share, 1 - share)
-        return cv2.convertScaleAbs(self._last)
+        signed *= (1 - least) / (STILL_SIGNED[0] + STILL_SIGNED[1] * signed_noise)
+        size *= (1 - least) / (STILL_SIZE[0] + STILL_SIZE[1] * size_noise)
+        share = np.maximum(signed, size, out=signed)
+        share += 2 * least - 1
+        return np.clip(share, least, 1, out=share)
 
 
 def _samples(picture: np.ndarray) -> np.ndarray:
-    return picture[::SAMPLING, ::SAMPLING]
+    return picture[SAMPLING // 2 :: SAMPLING, SAMPLING // 2 :: SAMPLING]
 
 
-def _flat(picture: np.ndarray) -> np.ndarray:
-    """Which samples of the picture lie where its green changes least over a few pixels, noise left aside."""
-    smooth = _samples(cv2.blur(picture[..., 1], (WINDOW_PX, WINDOW_PX)))
+def _flat(luminance: np.ndarray) -> np.ndarray:
+    """Which samples of the picture lie where it changes least over a few pixels, noise left aside."""
+    height, width = (len(range(SAMPLING // 2, side, SAMPLING)) for side in luminance.shape)
+    smooth = cv2.resize(luminance, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
     slope = np.abs(np.diff(smooth, axis=0, append=smooth[-1:])) + np.abs(np.diff(smooth, axis=1, append=smooth[:, -1:]))
-    return np.asarray(slope <= np.quantile(slope, FLAT_SHARE))
+    rank = int(FLAT_SHARE * slope.size)
+    return np.asarray(slope <= np.partition(slope, rank, axis=None)[rank])

@@ -91,7 +91,9 @@ def pipeline_row(serving: FusionEngine, size: Size, seconds: float, rate: float)
     from engines.bench import resident_mb
     from pipeline.config import RigConfig
     from pipeline.live import LivePipeline
+    from pipeline.process import carry_frames
 
+    carry_frames()
     width, height = size
     camera = {"kind": "synthetic", "scene": "night", "width": width, "height": height, "rate_hz": rate}
     config = RigConfig.model_validate(
