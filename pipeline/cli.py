@@ -6,11 +6,10 @@ import errno
 import json
 import logging
 import os
-import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +23,7 @@ from pipeline.commands.evaluate import evaluate
 from pipeline.commands.train import train
 from pipeline.errors import ConfigError, DspfusionError
 from pipeline.redaction import redact
+from pipeline.stopping import Stopped, stopping_on_signals
 from pipeline.terminal import console, progress
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ def main() -> None:
     before = set(threading.enumerate())
     try:
         result = app(prog_name="dspfusion", standalone_mode=False)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Stopped) as error:
         print("dspfusion: stopped", file=sys.stderr)
-        result = 130
+        result = error.status if isinstance(error, Stopped) else 130
     except Exception as error:
         line = users_mistake(error)
         if line is None:
@@ -125,7 +125,11 @@ def run(
     duration: Annotated[float | None, typer.Option(help="End after so many seconds.")] = None,
     report: Report = None,
 ) -> None:
-    """Run a live rig until Ctrl-C."""
+    """Run a live rig until Ctrl-C (or SIGTERM), then write its report and end with status 0.
+
+    A signal that comes before the network is ready ends it with status 130 (SIGTERM: 143) and no report; a second one
+    ends it at once.
+    """
     from pipeline.config import load_config
 
     positive("--duration", duration)
@@ -134,25 +138,27 @@ def run(
 
 def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str, Any]:
     """Runs a rig with its viewer, shows how it goes, and writes the report."""
-    from pipeline.live import LivePipeline
-    from pipeline.process import carry_frames
-    from pipeline.recording import inputs_of, refuse_overwriting
-    from pipeline.telemetry import check_report_target, write_report
+    with stopping_on_signals() as stopping:
+        from pipeline.live import LivePipeline
+        from pipeline.process import carry_frames
+        from pipeline.recording import inputs_of, refuse_overwriting
+        from pipeline.telemetry import check_report_target, write_report
 
-    carry_frames()
-    for target in (report, config.output.report):
-        check_report_target(target)
-        refuse_overwriting(target, *inputs_of(config))
-    pipeline = LivePipeline(config)
-    with stopping_on_signals(pipeline.stop), viewer_of(config, pipeline) as address:
-        console.print(f"rig [bold]{config.rig}[/]: fused frames at {pipeline.endpoint or 'no endpoint'}")
-        if address:
-            console.print(f"viewer: [bold cyan]{address}[/]")
-        result = pipeline.run(duration)
-    summarize(result)
-    for target in (report, config.output.report):
-        if target:
-            write_report(result, target)
+        carry_frames()
+        for target in (report, config.output.report):
+            check_report_target(target)
+            refuse_overwriting(target, *inputs_of(config))
+        pipeline = LivePipeline(config)
+        with viewer_of(config, pipeline) as address:
+            console.print(f"rig [bold]{config.rig}[/]: fused frames at {pipeline.endpoint or 'no endpoint'}")
+            if address:
+                console.print(f"viewer: [bold cyan]{address}[/]")
+            stopping.ask(pipeline.stop, starting=lambda: pipeline.compiling)
+            result = pipeline.run(duration)
+        summarize(result)
+        for target in (report, config.output.report):
+            if target:
+                write_report(result, target)
     return result
 
 
@@ -179,22 +185,6 @@ def viewer_of(config: Any, pipeline: LivePipeline) -> Iterator[str | None]:
         yield viewer.url
     finally:
         viewer.stop()
-
-
-@contextmanager
-def stopping_on_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM ask for an orderly end; a second one is immediate."""
-
-    def handle(number: int, _: Any) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        stop()
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def summarize(result: dict[str, Any]) -> None:
@@ -225,31 +215,37 @@ def replay(
     report: Report = None,
 ) -> None:
     """Fuse recordings: nothing is dropped, and equal input gives equal output."""
-    from pipeline.config import PublishConfig
-    from pipeline.process import carry_frames
-    from pipeline.recording import refuse_overwriting
-    from pipeline.replay import ReplayConfig
-    from pipeline.replay import replay as replay_recordings
-    from pipeline.telemetry import check_report_target, write_report
+    with stopping_on_signals() as stopping:
+        from pipeline.config import PublishConfig
+        from pipeline.process import carry_frames
+        from pipeline.recording import refuse_overwriting
+        from pipeline.replay import ReplayConfig
+        from pipeline.replay import replay as replay_recordings
+        from pipeline.telemetry import check_report_target, write_report
 
-    carry_frames()
-    check_report_target(report)
-    refuse_overwriting(report, *(path for path in (infrared, visible, calibration) if path))
-    config = ReplayConfig(
-        infrared=infrared,
-        visible=visible,
-        calibration=calibration,
-        rate_hz=rate_of(rate),
-        output=output,
-        publish=PublishConfig(endpoint=publish) if publish else None,
-        engine=engine_config(engine, variant),
-    )
-    stopping: list[bool] = []
-    with stopping_on_signals(lambda: stopping.append(True)), progress("replay") as (start, advance):
-        result = replay_recordings(config, on_start=start, on_fused=lambda _: advance(), stopped=lambda: bool(stopping))
-    summarize(result)
-    if report:
-        write_report(result, report)
+        carry_frames()
+        check_report_target(report)
+        refuse_overwriting(report, *(path for path in (infrared, visible, calibration) if path))
+        config = ReplayConfig(
+            infrared=infrared,
+            visible=visible,
+            calibration=calibration,
+            rate_hz=rate_of(rate),
+            output=output,
+            publish=PublishConfig(endpoint=publish) if publish else None,
+            engine=engine_config(engine, variant),
+        )
+        asked = threading.Event()
+        with progress("replay") as (start, advance):
+
+            def fused(_: Any) -> None:
+                stopping.ask(asked.set)  # from the first frame on there is something to finish
+                advance()
+
+            result = replay_recordings(config, on_start=start, on_fused=fused, stopped=asked.is_set)
+        summarize(result)
+        if report:
+            write_report(result, report)
 
 
 def rate_of(text: str) -> float | None:
@@ -294,7 +290,8 @@ def fuse(
 
     check_report_target(as_json)
     pairs = list_pairs(infrared, visible, output)
-    serving = engine_for(engine_config(engine, variant))
+    with stopping_on_signals():
+        serving = engine_for(engine_config(engine, variant))
     try:
         with progress("fuse") as (start, advance):
             start(len(pairs))

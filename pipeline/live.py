@@ -14,8 +14,8 @@ import importlib.metadata
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Condition, Event
@@ -159,6 +159,7 @@ class LivePipeline:
             raise
         self._note_fallbacks()
         self._warm = False
+        self.compiling = False  # the flow waits for the runtime, for seconds; nothing has been fused yet
         self._started_ns = 0
         self._first_fused_ns = 0
 
@@ -221,12 +222,21 @@ class LivePipeline:
         if size is not None:
             infrared = np.zeros((size[1], size[0]), np.uint8)
             visible = np.zeros((size[1], size[0], 3), np.uint8)
-            while not self._warm:
-                try:
-                    self._engine.fuse(infrared, visible, self._engine.estimate_priors(infrared, visible))
-                    self._warm = True
-                except Exception as error:
-                    self._replace_engine(error)
+            with self._marked_as_compiling():
+                while not self._warm:
+                    try:
+                        self._engine.fuse(infrared, visible, self._engine.estimate_priors(infrared, visible))
+                        self._warm = True
+                    except Exception as error:
+                        self._replace_engine(error)
+
+    @contextmanager
+    def _marked_as_compiling(self) -> Iterator[None]:
+        self.compiling = True
+        try:
+            yield
+        finally:
+            self.compiling = False
 
     def _turn(self) -> None:
         """One turn of the flow: what came in, what is due, and one picture at the most."""
@@ -258,7 +268,8 @@ class LivePipeline:
     def _warm_up_with(self, pair: FramePair) -> None:
         """The first pair has the runtime compiled for its size. It and what came in meanwhile are late."""
         self._warm = True
-        self._fuse_safely(self._register(pair))
+        with self._marked_as_compiling():
+            self._fuse_safely(self._register(pair))
         for frame in self._inbox.take(0):
             self._sync.add(frame, time.monotonic_ns())
         for late in [pair, *self._waiting, *self._sync.poll(time.monotonic_ns())]:

@@ -1,0 +1,116 @@
+"""SIGINT and SIGTERM: an orderly end of what runs, and a prompt one of what has not begun.
+
+    starting   nothing exists that is worth keeping: `Stopped` is raised in the main thread
+    running    the work is asked to end, and finishes its files
+    again      the process ends at once
+
+Python runs signal handlers in the main thread, between two instructions. A compiler that is at work there holds them up
+for seconds, so each signal is also written to a socket that a thread of ours reads.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from threading import Thread
+from types import FrameType
+
+from pipeline.terminal import console
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GRACE_S = 1.0  # for the main thread to notice, before anything has begun
+LOOK_S = 0.1
+
+
+class Stopped(BaseException):
+    """A signal came before the work began. No Exception: nothing but the command line shall catch it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number  # as a shell tells of a process that a signal ended
+
+
+class Stopping:
+    """What a signal does now."""
+
+    def __init__(self) -> None:
+        self._stop: Callable[[], None] | None = None
+        self._busy_starting: Callable[[], bool] = lambda: False
+        self._gave_up = False
+
+    def ask(self, stop: Callable[[], None], starting: Callable[[], bool] = lambda: False) -> None:
+        """From now on a signal calls `stop`, from the main thread, except while `starting()` is true."""
+        self._busy_starting, self._stop = starting, stop
+
+    @property
+    def starting(self) -> bool:
+        return self._gave_up or self._stop is None or self._busy_starting()
+
+    def handle(self, number: int, _: FrameType | None) -> None:
+        """The handler of both signals."""
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
+        if self._stop is None or self.starting:
+            self._gave_up = True
+            raise Stopped(number)
+        self._stop()
+
+    def watch(self, told: socket.socket) -> None:
+        """Ends the process where the main thread cannot; returns when `told` is closed at its other end."""
+        first = 0
+        patience_s = GRACE_S
+        while True:
+            told.settimeout(patience_s if first else None)
+            try:
+                received = told.recv(16)
+            except TimeoutError:
+                if self.starting:
+                    end_now(first)
+                patience_s = LOOK_S
+                continue
+            if not received:
+                return
+            numbers = [number for number in received if number in SIGNALS]
+            if len(numbers) + bool(first) > 1:
+                end_now(numbers[-1])
+            first = first or (numbers[0] if numbers else 0)
+
+
+@contextmanager
+def stopping_on_signals() -> Iterator[Stopping]:
+    """Handles SIGINT and SIGTERM inside; call `ask` of what it gives once there is something to stop.
+
+    Must be entered in the main thread.
+
+    Raises:
+        Stopped: a signal came before that.
+    """
+    stopping = Stopping()
+    told, teller = socket.socketpair()
+    teller.setblocking(False)
+    before = {number: signal.signal(number, stopping.handle) for number in SIGNALS}
+    descriptor_before = signal.set_wakeup_fd(teller.fileno(), warn_on_full_buffer=False)
+    watcher = Thread(target=stopping.watch, args=(told,), name="signals", daemon=True)
+    watcher.start()
+    try:
+        yield stopping
+    finally:
+        signal.set_wakeup_fd(descriptor_before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        teller.close()
+        watcher.join()
+        told.close()
+
+
+def end_now(number: int) -> None:
+    """Ends the process without waiting for anybody."""
+    with suppress(Exception):
+        console.show_cursor()  # a progress bar hides it
+        print("dspfusion: stopped", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    os._exit(128 + number)
