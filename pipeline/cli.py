@@ -23,7 +23,7 @@ from pipeline.commands.evaluate import evaluate
 from pipeline.commands.train import train
 from pipeline.errors import ConfigError, DspfusionError
 from pipeline.redaction import redact
-from pipeline.stopping import Stopped, stopping_on_signals
+from pipeline.stopping import Stopped, end_now, stopping_on_signals
 from pipeline.terminal import console, progress
 
 if TYPE_CHECKING:
@@ -66,9 +66,11 @@ def main() -> None:
     before = set(threading.enumerate())
     try:
         result = app(prog_name="dspfusion", standalone_mode=False)
-    except (KeyboardInterrupt, Stopped) as error:
+    except KeyboardInterrupt:
         print("dspfusion: stopped", file=sys.stderr)
-        result = error.status if isinstance(error, Stopped) else 130
+        result = 130
+    except Stopped as stopped:
+        end_now(stopped.number)
     except Exception as error:
         line = users_mistake(error)
         if line is None:

@@ -22,7 +22,9 @@ from types import FrameType
 from pipeline.terminal import console
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE_S = 1.0  # for the main thread to notice, before anything has begun
+GRACE_S = (
+    0.3  # for the main thread to notice; OpenVINO's converter keeps our thread waiting for up to 0.5 s before that
+)
 LOOK_S = 0.1
 
 
@@ -31,7 +33,7 @@ class Stopped(BaseException):
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
-        self.status = 128 + number  # as a shell tells of a process that a signal ended
+        self.number = number
 
 
 class Stopping:
@@ -40,7 +42,7 @@ class Stopping:
     def __init__(self) -> None:
         self._stop: Callable[[], None] | None = None
         self._busy_starting: Callable[[], bool] = lambda: False
-        self._gave_up = False
+        self._gave_up: Stopped | None = None
 
     def ask(self, stop: Callable[[], None], starting: Callable[[], bool] = lambda: False) -> None:
         """From now on a signal calls `stop`, from the main thread, except while `starting()` is true."""
@@ -48,16 +50,21 @@ class Stopping:
 
     @property
     def starting(self) -> bool:
-        return self._gave_up or self._stop is None or self._busy_starting()
+        return self._gave_up is not None or self._stop is None or self._busy_starting()
 
     def handle(self, number: int, _: FrameType | None) -> None:
         """The handler of both signals."""
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         if self._stop is None or self.starting:
-            self._gave_up = True
-            raise Stopped(number)
+            self._gave_up = Stopped(number)
+            raise self._gave_up
         self._stop()
+
+    def refuse_to_go_on(self) -> None:
+        """Raises `Stopped` again, where a library made another error of it."""
+        if self._gave_up is not None:
+            raise self._gave_up
 
     def watch(self, told: socket.socket) -> None:
         """Ends the process where the main thread cannot; returns when `told` is closed at its other end."""
@@ -98,6 +105,9 @@ def stopping_on_signals() -> Iterator[Stopping]:
     watcher.start()
     try:
         yield stopping
+    except Exception:
+        stopping.refuse_to_go_on()
+        raise
     finally:
         signal.set_wakeup_fd(descriptor_before)
         for number, handler in before.items():
@@ -108,7 +118,10 @@ def stopping_on_signals() -> Iterator[Stopping]:
 
 
 def end_now(number: int) -> None:
-    """Ends the process without waiting for anybody."""
+    """Ends the process without waiting for anybody, with the status that a shell gives to a signal's end.
+
+    To take down an interpreter with all its libraries in order takes another second.
+    """
     with suppress(Exception):
         console.show_cursor()  # a progress bar hides it
         print("dspfusion: stopped", file=sys.stderr, flush=True)
