@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import EngineError, FusionEngine, Priors
+from engines.base import EngineDescription, EngineError, FusionEngine, Priors
 from engines.cache import EngineCache
 from engines.dspfusion import variants
 
@@ -22,6 +22,8 @@ MINIMUM_PX = 32  # below, the border is wider than the picture that is mirrored 
 # Height and width; no multiple of a network's stride, so that padding is compared, too.
 REFERENCE_SIZE = (136, 168)
 PSNR_LIMIT_DB = {"fp32": 50.0, "bf16": 40.0, "fp16": 40.0, "int8": 35.0}
+PSNR_MOST_DB = 99.0  # equal pictures have an infinite one, which no report can hold
+PROOF = "psnr_db"  # the cached file of a proof
 TOKEN_LIMIT = 0.05  # root mean square; tokens have about unit variance
 
 
@@ -137,15 +139,44 @@ def refuse_unless_close(engine: FusionEngine, reference: Reference) -> float:
         EngineError: if its priors or its picture lie outside of the tolerance of its precision.
     """
     found, description = Reference.of(engine), engine.description
-    name = f"{description.runtime} {description.precision}"
-    refusal = f"{name} does not compute what PyTorch computes on this machine"
     error = float(np.sqrt(np.mean((found.tokens - reference.tokens) ** 2)))
     if not error <= TOKEN_LIMIT:  # so written, a NaN is refused as well
-        raise EngineError(f"{refusal} (priors differ by {error:.3g}, allowed {TOKEN_LIMIT}): use runtime 'pytorch'")
-    psnr, limit = psnr_db(found.fused, reference.fused), PSNR_LIMIT_DB[description.precision]
-    if not psnr >= limit:
-        raise EngineError(f"{refusal} ({psnr:.1f} dB, at least {limit:g} needed): use runtime 'pytorch' or fp32")
+        raise EngineError(
+            f"{_refusal(description)} (priors differ by {error:.3g}, allowed {TOKEN_LIMIT}): use runtime 'pytorch'"
+        )
+    return _within_tolerance(description, found.fused, reference.fused)
+
+
+def proven(
+    engine: FusionEngine, cache: EngineCache | None, key: str, fused: Image, ask_pytorch: Callable[[], Image]
+) -> float:
+    """The PSNR of a real fused picture against PyTorch's. It is found once, and then the cache holds it under `key`.
+
+    Raises:
+        EngineError: if it lies outside of the tolerance of the engine's precision.
+    """
+    if cache is not None and (entry := cache.find(key)) is not None:
+        try:
+            return float((entry / PROOF).read_text())
+        except (OSError, ValueError) as error:
+            cache.report(f"entry {key[:8]} cannot be read and is made again ({last_line(error)})")
+    psnr = min(PSNR_MOST_DB, _within_tolerance(engine.description, fused, ask_pytorch()))
+    if cache is not None:
+        cache.store(key, lambda folder: (folder / PROOF).write_text(f"{psnr:.2f}"))  # type: ignore[arg-type,return-value]
     return psnr
+
+
+def _within_tolerance(description: EngineDescription, found: Image, expected: Image) -> float:
+    psnr, limit = psnr_db(found, expected), PSNR_LIMIT_DB[description.precision]
+    if not psnr >= limit:
+        raise EngineError(
+            f"{_refusal(description)} ({psnr:.1f} dB, at least {limit:g} needed): use runtime 'pytorch' or fp32"
+        )
+    return psnr
+
+
+def _refusal(description: EngineDescription) -> str:
+    return f"{description.runtime} {description.precision} does not compute what PyTorch computes on this machine"
 
 
 def shape_of(variant: str) -> variants.Variant:

@@ -31,6 +31,7 @@ from engines.arrays import (
     checked_priors,
     last_line,
     priors_from,
+    proven,
     refuse_unless_close,
     shape_of,
     weights_sha256,
@@ -320,6 +321,15 @@ class GPUEngine(ABC):
         tokens = checked_priors(priors, self._token_widths)
         with gpu_errors(self._variant):
             return self._for_size(visible.shape[:2]).frame(infrared, visible, tokens)
+
+    def prove(self, infrared: Image, visible: Image, priors: Priors, fused: Image) -> float:
+        """See `FusionEngine`. For pairs that were registered before: not after `warp_infrared`."""
+
+        def ask_pytorch() -> Image:
+            reference = PyTorchEngine(self._variant, self._weights, "fp32", diffusion_steps=self._diffusion_steps)
+            return reference.fuse(infrared, visible, priors)
+
+        return proven(self, self.cache, self._key("proof", visible.shape[:2]), fused, ask_pytorch)
 
     def warp_infrared(self, map_x: NDArray[np.float32] | None, map_y: NDArray[np.float32] | None, size: Size) -> None:
         """From now on `fuse` and `estimate_priors` take the infrared picture unregistered; it is warped on the device.

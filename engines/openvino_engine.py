@@ -32,6 +32,7 @@ from engines.arrays import (
     last_line,
     picture_of,
     priors_from,
+    proven,
     refuse_unless_close,
     shape_of,
     weights_sha256,
@@ -152,6 +153,19 @@ class OpenVINOEngine:
     def prepare(self, height: int, width: int) -> None:
         """Compiles for a picture size ahead of its first picture."""
         self._program("frame", (height, width))
+
+    def prove(self, infrared: Image, visible: Image, priors: Priors, fused: Image) -> float:
+        """See `FusionEngine`. PyTorch is loaded for it, once for every build."""
+
+        def ask_pytorch() -> Image:
+            with _one_torch_thread():
+                return self._reference().fuse(infrared, visible, priors)
+
+        try:
+            key = self._key(f"proof in {self.description.precision}", infrared.shape)
+            return proven(self, self.cache, key, fused, ask_pytorch)
+        finally:
+            self._reference_network = None  # its memory
 
     def close(self) -> None:
         """See `FusionEngine`."""
@@ -295,8 +309,8 @@ class OpenVINOEngine:
             )
         return self._reference_network
 
-    def _key(self, kind: str, size: tuple[int, int]) -> str:
-        # Precision is no part of it: it is chosen when the converted graph is compiled, at every start.
+    def _key(self, kind: str, size: tuple[int, ...]) -> str:
+        # Precision is no part of what is built: it is chosen when the graph is compiled, at every start.
         description = self.description
         return cache_key(
             kind=kind,

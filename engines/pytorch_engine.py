@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engines.arrays import Image, Reference, checked_pair, checked_priors, priors_from, refuse_unless_close
+from engines.arrays import Image, Reference, checked_pair, checked_priors, priors_from, proven, refuse_unless_close
 from engines.base import EngineDescription, EngineError, Priors
 from engines.dspfusion import variants
 from engines.dspfusion.network import DSPFusion
@@ -121,6 +121,17 @@ class PyTorchEngine:
         infrared, visible = checked_pair(infrared, visible)
         tokens = checked_priors(priors, self._token_widths)
         return np.ascontiguousarray(self._run(self._frame, self._bf16, infrared, visible, *tokens).numpy())
+
+    def prove(self, infrared: Image, visible: Image, priors: Priors, fused: Image) -> float | None:
+        """See `FusionEngine`."""
+        if not self._bf16:
+            return None
+
+        def in_fp32() -> Image:
+            pair = checked_pair(infrared, visible)
+            return self._run(self._frame, False, *pair, *checked_priors(priors, self._token_widths)).numpy()
+
+        return proven(self, None, "", fused, in_fp32)
 
     def close(self) -> None:
         """See `FusionEngine`."""

@@ -112,9 +112,15 @@ class Fuse:
         self.keeper = PriorKeeper(engine, config, background)
         self._steady = Steady(steady or SteadyConfig(enabled=False))
         self._index = 0
+        self.psnr_db: float | None = None  # of the engine's picture of the first pair against PyTorch's
+        self._proven = False
 
     def __call__(self, aligned: AlignedPair) -> FusedFrame:
-        """Fuses one pair. A missing camera is black to the network, which was trained to expect that."""
+        """Fuses one pair. A missing camera is black to the network, which was trained to expect that.
+
+        Raises:
+            EngineError: the engine cannot serve, or its first picture is not what PyTorch makes of that pair.
+        """
         started = time.perf_counter()
         infrared, visible = aligned.infrared, aligned.visible
         presence = (infrared is not None, visible is not None)
@@ -125,6 +131,9 @@ class Fuse:
             visible = np.zeros((*infrared.shape, 3), np.uint8)
         priors = self.keeper.priors(infrared, visible, presence, self._index)
         image = self._engine.fuse(infrared, visible, priors)
+        if all(presence) and not self._proven:
+            self.psnr_db = self._engine.prove(infrared, visible, priors, image)
+            self._proven = True
         if all(presence) and aligned.weight is not None:
             # Outside the infrared camera's view there is nothing to fuse: the visible picture fades in.
             image = cv2.blendLinear(image, visible, aligned.weight, 1 - aligned.weight)

@@ -202,7 +202,7 @@ class LivePipeline:
         self._note_fallbacks()
         return self.telemetry.report(
             {camera: self._captures[camera].captured for camera in CAMERAS},
-            engine=describe_engine(self._engine),
+            engine=describe_engine(self._engine, self._fuse.psnr_db),
             priors={
                 "updates": self._fuse.keeper.updates,
                 "failures": self._fuse.keeper.failures,
@@ -494,8 +494,8 @@ def engine_sha256(engine: FusionEngine) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def describe_engine(engine: FusionEngine) -> dict[str, Any]:
-    """The report's account of which engine serves, and why."""
-    description = asdict(engine.description)
+def describe_engine(engine: FusionEngine, psnr_db: float | None = None) -> dict[str, Any]:
+    """The report's account of which engine serves, why, and how close to PyTorch it was on a real pair."""
+    description = asdict(engine.description) | {"psnr_db": psnr_db}
     description.pop("fallbacks")  # the report lists all fallbacks of the run in one place
     return description

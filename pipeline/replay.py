@@ -141,7 +141,7 @@ def replay(
             telemetry.fallback(line)
         return telemetry.report(
             {"infrared": account.captured["infrared"], "visible": account.captured["visible"]},
-            engine=describe_engine(engine),
+            engine=describe_engine(engine, fuse.psnr_db),
             priors={"updates": fuse.keeper.updates, "steps": config.engine.diffusion_steps},
             registration=register.report(),
         )

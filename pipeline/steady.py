@@ -61,8 +61,8 @@ class Steady:
 
     def _share_of_newest(self, image: np.ndarray) -> np.ndarray | None:
         """How far every pixel goes to its new value, float32 (H, W) in [share, 1]; None where all of it is new."""
-        luminance = cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
-        change = cv2.subtract(luminance, cv2.cvtColor(self._last, cv2.COLOR_RGB2GRAY), dtype=cv2.CV_32F)
+        luminance = cv2.cvtColor(self._last, cv2.COLOR_RGB2GRAY)
+        change = cv2.subtract(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), luminance, dtype=cv2.CV_32F)
         signed = np.asarray(cv2.blur(change, (WINDOW_PX, WINDOW_PX)), np.float32)
         np.abs(signed, out=signed)
         size = np.asarray(cv2.blur(np.abs(change), (WINDOW_PX, WINDOW_PX)), np.float32)
@@ -86,7 +86,7 @@ def _samples(picture: np.ndarray) -> np.ndarray:
 def _flat(luminance: np.ndarray) -> np.ndarray:
     """Which samples of the picture lie where it changes least over a few pixels, noise left aside."""
     height, width = (len(range(SAMPLING // 2, side, SAMPLING)) for side in luminance.shape)
-    smooth = cv2.resize(luminance, (width, height), interpolation=cv2.INTER_AREA).astype(np.float32)
+    smooth = np.asarray(cv2.resize(luminance, (width, height), interpolation=cv2.INTER_AREA))
     slope = np.abs(np.diff(smooth, axis=0, append=smooth[-1:])) + np.abs(np.diff(smooth, axis=1, append=smooth[:, -1:]))
     rank = int(FLAT_SHARE * slope.size)
     return np.asarray(slope <= np.partition(slope, rank, axis=None)[rank])

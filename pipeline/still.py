@@ -86,7 +86,8 @@ def fuse_stills(
     for infrared, visible, output in pairs:
         # Stills have no past: gain and priors start anew with each of them.
         register = Register(RegistrationConfig(calibration=calibration, refine=False), InfraredGain(GainConfig()))
-        fused = Fuse(engine, PriorsConfig(), background=False)(register(read_pair(infrared, visible)))
+        fuse = Fuse(engine, PriorsConfig(), background=False)
+        fused = fuse(register(read_pair(infrared, visible)))
         _write(output, fused.image)
         rows.append(
             {
@@ -95,6 +96,7 @@ def fuse_stills(
                 "output": str(output),
                 "fuse_ms": round(fused.latency_ms["fuse"], 2),
                 "degradation": fused.degradation,
+                "psnr_db": fuse.psnr_db,
             }
         )
         if on_done is not None:

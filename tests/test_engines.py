@@ -219,6 +219,29 @@ def test_openvino_is_refused_at_load_when_it_computes_something_else(weights, tm
         openvino_engine(weights, tmp_path)
 
 
+def test_a_build_is_proven_once_on_a_real_pair(fp32, weights, cache_folder, pair, monkeypatch):
+    priors = fp32.estimate_priors(*pair)
+    fused = fp32.fuse(*pair, priors)
+    proof = fp32.prove(*pair, priors, fused)
+    assert 60 < proof <= arrays.PSNR_MOST_DB
+    monkeypatch.setattr(OpenVINOEngine, "_reference", lambda self: pytest.fail("PyTorch was asked again"))
+    assert openvino_engine(weights, cache_folder).prove(*pair, priors, fused) == pytest.approx(proof, abs=0.01)
+
+
+def test_an_engine_that_fails_the_proof_is_refused_every_time(fp32):
+    other, colours = arrays.reference_pair((141, 155))  # a size that was not proven yet
+    priors = fp32.estimate_priors(other, colours)
+    wrong = fp32.fuse(other, colours, priors)[::-1].copy()
+    for _ in range(2):
+        with pytest.raises(EngineError, match="does not compute what PyTorch computes"):
+            fp32.prove(other, colours, priors, wrong)
+
+
+def test_pytorch_in_fp32_is_the_reference_and_proves_nothing(reference, pair):
+    priors = reference.estimate_priors(*pair)
+    assert reference.prove(*pair, priors, reference.fuse(*pair, priors)) is None
+
+
 def test_a_warm_start_needs_no_torch_and_gives_the_same_bits(fp32, weights, cache_folder, pair):
     script = (
         "import sys, hashlib\nfrom pathlib import Path\n"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from calibration.rig_file import save_rig
+from engines.base import EngineError
 from pipeline.client import Client
 from pipeline.config import RegistrationConfig, RigConfig
 from pipeline.errors import PublishError
@@ -93,6 +94,21 @@ def test_an_engine_that_fails_in_flight_is_replaced_and_reported(monkeypatch: py
     assert report["engine"]["runtime"] == "pytorch"
     assert any("the runtime gave up" in line for line in report["fallbacks"])
     assert report["fused"] > 20
+
+
+def test_an_engine_whose_first_real_picture_is_not_pytorchs_is_replaced_and_reported(monkeypatch: pytest.MonkeyPatch):
+    class Unproven(MaximumEngine):
+        def prove(self, infrared, visible, priors, fused):
+            assert fused.shape == visible.shape
+            raise EngineError("openvino fp32 does not compute what PyTorch computes on this machine (20.0 dB)")
+
+    spare = MaximumEngine()
+    spare.description = replace(spare.description, runtime="pytorch")
+    monkeypatch.setattr("pipeline.live.engine_for", lambda _: spare)
+    report = LivePipeline(rig_config(), engine=Unproven()).run(duration_s=3)
+    assert report["engine"]["runtime"] == "pytorch"
+    assert any("20.0 dB" in line for line in report["fallbacks"])
+    assert report["fused"] > 10
 
 
 def test_a_shutter_freeze_is_never_published_as_fused():

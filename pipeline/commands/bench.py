@@ -133,7 +133,7 @@ class _Kept:
 
     def __init__(self, engine: FusionEngine) -> None:
         self.description = engine.description
-        self.estimate_priors, self.fuse = engine.estimate_priors, engine.fuse
+        self.estimate_priors, self.fuse, self.prove = engine.estimate_priors, engine.fuse, engine.prove
 
     def close(self) -> None:
         """Its owner closes it."""

@@ -457,6 +457,9 @@ class KeptOpen:
     def fuse(self, infrared: Any, visible: Any, priors: Priors) -> Any:
         return self._engine.fuse(infrared, visible, priors)
 
+    def prove(self, infrared: Any, visible: Any, priors: Priors, fused: Any) -> float | None:
+        return self._engine.prove(infrared, visible, priors, fused)
+
     def close(self) -> None:
         """Leaves the engine open."""
 
@@ -466,6 +469,9 @@ class Unfused(KeptOpen):
 
     def fuse(self, infrared: Any, visible: Any, priors: Priors) -> Any:
         return visible
+
+    def prove(self, infrared: Any, visible: Any, priors: Priors, fused: Any) -> None:
+        """There is nothing to prove."""
 
 
 # --- engine and output ---

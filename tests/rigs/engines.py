@@ -33,6 +33,9 @@ class MaximumEngine:
         time.sleep(self._fuse_s)
         return np.maximum(infrared[..., None], visible)
 
+    def prove(self, infrared: np.ndarray, visible: np.ndarray, priors: Priors, fused: np.ndarray) -> float | None:
+        return None
+
     def close(self) -> None:
         self.closed = True
 
