@@ -41,10 +41,10 @@ from engines.cache import EngineCache, cache_key, source_sha256
 from engines.dspfusion import variants
 from engines.dspfusion.network import DSPFusion
 from engines.pytorch_engine import FrameGraph, PyTorchEngine, tensor_of
+from engines.sizes import Size
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Graph = Callable[..., Any]
-Size = tuple[int, int]  # height, width
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES_KEPT = 4  # compiled sizes; the least recently added goes

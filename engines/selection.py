@@ -6,13 +6,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from engines import gpu_probe
 from engines.base import EngineError, FusionEngine
-
-if TYPE_CHECKING:
-    from engines.tensorrt_engine import SizeRange
+from engines.sizes import SizeRange, range_of
 
 log = logging.getLogger("dspfusion.engines")
 
@@ -44,7 +41,7 @@ def create_engine(
     threads: int = 0,
     diffusion_steps: int = 4,
     weights: Path | str | None = None,
-    sizes: SizeRange | None = None,
+    sizes: str | None = None,
 ) -> FusionEngine:
     """Creates the engine that fuses.
 
@@ -56,12 +53,14 @@ def create_engine(
         threads: on a processor; 0 chooses.
         diffusion_steps: 1 to 10.
         weights: a safetensors file; None takes the shipped weights of the variant.
-        sizes: has TensorRT build one engine for a range of picture sizes; the other runtimes take any size.
+        sizes: "SMALLEST-USUAL-LARGEST", as "320x240-640x480-1280x720": TensorRT builds one engine for this range of
+            picture sizes; the other runtimes take any size.
 
     Raises:
         EngineError: if nothing serves, or what was asked for by name does not.
     """
-    order = _Order(variant, precision, threads, diffusion_steps, None if weights is None else Path(weights), sizes)
+    file, served = None if weights is None else Path(weights), None if sizes is None else range_of(sizes)
+    order = _Order(variant, precision, threads, diffusion_steps, file, served)
     if not 1 <= diffusion_steps <= 10:
         raise EngineError(f"diffusion_steps is {diffusion_steps}: choose 1 to 10")
     if runtime not in RUNTIMES:

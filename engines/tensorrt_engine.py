@@ -13,7 +13,6 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +23,10 @@ from engines.arrays import last_line
 from engines.base import EngineError
 from engines.cache import EngineCache, private_folder, refuse_foreign
 from engines.dspfusion.network import DSPFusion, pad
-from engines.gpu_frames import WARM_UP_RUNS, GPUEngine, Graph, InPrecision, Size
+from engines.gpu_frames import WARM_UP_RUNS, GPUEngine, Graph, InPrecision
 from engines.gpu_probe import partner_versions
 from engines.pytorch_engine import PriorGraph, unit_infrared, unit_visible
+from engines.sizes import Size, SizeRange
 
 if TYPE_CHECKING:
     import types
@@ -34,26 +34,6 @@ if TYPE_CHECKING:
 ENGINE_FILE = "engine.pt2"
 OPTIMIZATION_LEVEL = 4  # of 0 to 5; 5 tries every tactic and takes several times as long
 TIMING_RUNS = 4  # of every tactic: one run alone picks by chance
-
-
-@dataclass(frozen=True)
-class SizeRange:
-    """Picture sizes that one engine serves: height and width, each end included."""
-
-    smallest: Size
-    usual: Size  # what the tactics are chosen for
-    largest: Size
-
-    def __post_init__(self) -> None:
-        for low, usual, high in zip(self.smallest, self.usual, self.largest, strict=True):
-            if not 32 <= low <= usual <= high <= 8192:
-                raise EngineError(
-                    f"the sizes {self.smallest}, {self.usual}, {self.largest} are no range: "
-                    "give the smallest, the usual and the largest, 32 to 8192 pixels a side"
-                )
-
-    def holds(self, size: Size) -> bool:
-        return all(low <= side <= high for low, side, high in zip(self.smallest, size, self.largest, strict=True))
 
 
 class PaddedFrame(nn.Module):

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from engines.base import EngineError
+from engines.sizes import range_of
 from pipeline.errors import ConfigError
 
 MAX_CONFIG_BYTES = 1 << 20
@@ -144,6 +146,16 @@ class EngineConfig(Section):
     threads: int = Field(0, ge=0, le=256)  # 0: chosen from the cores that the other stages leave free
     diffusion_steps: int = Field(4, ge=1, le=10)
     weights: str | None = None  # a safetensors file; None: the shipped weights of the variant
+    # TensorRT: one engine for SMALLEST-USUAL-LARGEST, as 320x240-640x480-1280x720; None: one for every size that comes.
+    sizes: str | None = None
+
+    @field_validator("sizes")
+    @classmethod
+    def _is_range(cls, value: str | None) -> str | None:
+        try:
+            return value if value is None else str(range_of(value))
+        except EngineError as error:
+            raise ValueError(str(error)) from None
 
 
 class PriorsConfig(Section):

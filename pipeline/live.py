@@ -472,14 +472,7 @@ def recycle_s(source: Source) -> float:
 
 def engine_for(config: EngineConfig) -> FusionEngine:
     """The engine that a configuration asks for."""
-    return create_engine(
-        runtime=config.runtime,
-        variant=config.variant,
-        precision=config.precision,
-        threads=config.threads,
-        diffusion_steps=config.diffusion_steps,
-        weights=config.weights,
-    )
+    return create_engine(**config.model_dump())
 
 
 def engine_sha256(engine: FusionEngine) -> str:

@@ -192,8 +192,8 @@ def test_build_engine_needs_a_size_where_the_camera_alone_knows_it(tmp_path: Pat
     )
     for arguments, says in (
         ([str(rig)], "give it with --size"),
-        (["--range", "64x64-32x32"], "SMALLEST-USUAL-LARGEST"),
-        (["--range", "64x64-32x32-128x128"], "are no range"),
+        (["--sizes", "64x64-32x32"], "SMALLEST-USUAL-LARGEST"),
+        (["--sizes", "64x64-32x32-128x128"], "are no range"),
         (["--precision", "int2"], "--precision"),
         (["--engine", "tensorrt"], "NVIDIA GPU"),
     ):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
-from pipeline.config import RigConfig, StreamSource, load_config
+from pipeline.config import EngineConfig, RigConfig, StreamSource, load_config
 from pipeline.errors import ConfigError
 
 EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
@@ -114,3 +115,11 @@ def test_files_that_are_read_lie_beside_the_configuration(tmp_path: Path):
     assert config.publish.curve_secret_key_file == str(tmp_path / "secret.key")
     assert config.publish.authorized_keys_dir == "/etc/keys"
     assert config.output.video == "fused.mp4"  # written where the user stands
+
+
+def test_a_range_of_sizes_is_checked_with_the_rest():
+    assert EngineConfig(sizes="320x240-640x480-1280x720").sizes == "320x240-640x480-1280x720"
+    with pytest.raises(ValidationError, match="SMALLEST-USUAL-LARGEST"):
+        EngineConfig(sizes="640x480")
+    with pytest.raises(ValidationError, match="are no range"):
+        EngineConfig(sizes="640x480-320x240-1280x720")

@@ -24,7 +24,8 @@ from engines.base import EngineError, fallbacks_of
 from engines.cache import EngineCache
 from engines.dspfusion import variants
 from engines.pytorch_engine import PyTorchEngine
-from engines.tensorrt_engine import SizeRange, TensorRTEngine
+from engines.sizes import SizeRange
+from engines.tensorrt_engine import TensorRTEngine
 from tests.rigs import fake_torch_tensorrt
 from tests.rigs.networks import MINI, save_random_weights
 

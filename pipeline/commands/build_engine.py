@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from engines.base import FusionEngine
-    from engines.tensorrt_engine import SizeRange
 
 
 def build_engine(
@@ -28,7 +27,7 @@ def build_engine(
     precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
     sizes: Annotated[
         str | None,
-        typer.Option("--range", help="TensorRT: one engine for SMALLEST-USUAL-LARGEST, as 320x240-640x480-1280x720."),
+        typer.Option(help="TensorRT: one engine for SMALLEST-USUAL-LARGEST, as 320x240-640x480-1280x720."),
     ] = None,
     pair: Annotated[
         tuple[Path, Path] | None, typer.Option(help="A real infrared and visible picture to check the engine on.")
@@ -36,15 +35,16 @@ def build_engine(
     as_json: AsJson = None,
 ) -> None:
     """Build the engines of a rig ahead of its first start, and compare them with PyTorch."""
+    from engines.selection import create_engine
     from pipeline.telemetry import write_report
     from pipeline.terminal import console
 
-    rig, section = sections(config, engine, variant, precision)
+    rig, section = sections(config, runtime=engine, variant=variant, precision=precision, sizes=sizes)
     wanted = [size_of(text) for text in size or []] or sizes_of(rig, config)
     rows = []
     with console.status("building"):
         started = time.perf_counter()
-        serving = create(section, range_of(sizes))
+        serving = create_engine(**section.model_dump())
         started_s = time.perf_counter() - started
         try:
             for one in wanted:
@@ -65,13 +65,12 @@ def build_engine(
                 console.print(f"[yellow]fallback:[/] {line}", highlight=False)
 
 
-def sections(config: Path | None, engine: str | None, variant: str | None, precision: str | None) -> tuple[Any, Any]:
+def sections(config: Path | None, **given: str | None) -> tuple[Any, Any]:
     """The rig, if there is one, and the engine section with what the command line changes in it."""
     from pipeline.config import load_config
 
     rig = load_config(config) if config else None
     values = rig.engine.model_dump() if rig is not None else {}
-    given = {"runtime": engine, "variant": variant, "precision": precision}
     return rig, engine_section(**(values | {key: value for key, value in given.items() if value is not None}))
 
 
@@ -87,26 +86,6 @@ def sizes_of(rig: Any, config: Path | None) -> list[Size]:
     if size is None:
         raise ConfigError(f"{config}: the visible camera's size is not known before it sends: give it with --size")
     return [size]
-
-
-def range_of(text: str | None) -> SizeRange | None:
-    """The range of sizes that --range names."""
-    if text is None:
-        return None
-    from engines.tensorrt_engine import SizeRange
-
-    parts = text.split("-")
-    if len(parts) != 3:
-        raise ConfigError(f"--range {text}: give SMALLEST-USUAL-LARGEST, such as 320x240-640x480-1280x720")
-    smallest, usual, largest = (size_of(part)[::-1] for part in parts)
-    return SizeRange(smallest, usual, largest)
-
-
-def create(section: Any, sizes: SizeRange | None) -> FusionEngine:
-    """The engine that a section asks for."""
-    from engines.selection import create_engine
-
-    return create_engine(**section.model_dump(), sizes=sizes)
 
 
 def built(serving: FusionEngine, section: Any, size: Size, pair: tuple[Path, Path] | None) -> dict[str, Any]:
