@@ -23,7 +23,7 @@ from pipeline.commands.evaluate import evaluate
 from pipeline.commands.train import train
 from pipeline.errors import ConfigError, DspfusionError
 from pipeline.redaction import redact
-from pipeline.stopping import Stopped, end_now, stopping_on_signals
+from pipeline.stopping import Stopped, asked, end_now, stopping_on_signals
 from pipeline.terminal import console, progress
 
 if TYPE_CHECKING:
@@ -106,8 +106,12 @@ def users_mistake(error: Exception) -> str | None:
 
 
 def leave(status: int, before: set[threading.Thread]) -> None:
-    """Ends the process. A thread that a driver still holds would abort it on the way, with status 134."""
-    if any(thread.daemon and thread not in before for thread in threading.enumerate()):
+    """Ends the process.
+
+    A thread that a driver still holds would abort it on the way, with status 134; and whoever gave a signal does not
+    wait until all libraries are taken down, which takes a second or two.
+    """
+    if asked.is_set() or any(thread.daemon and thread not in before for thread in threading.enumerate()):
         with suppress(OSError):  # nobody reads any more
             sys.stdout.flush()
             sys.stderr.flush()
@@ -155,7 +159,7 @@ def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str
             console.print(f"rig [bold]{config.rig}[/]: fused frames at {pipeline.endpoint or 'no endpoint'}")
             if address:
                 console.print(f"viewer: [bold cyan]{address}[/]")
-            stopping.ask(pipeline.stop, starting=lambda: pipeline.compiling)
+            stopping.ask(pipeline.stop, lambda: pipeline.compiling, lambda: not pipeline.telemetry.fused)
             result = pipeline.run(duration)
         summarize(result)
         for target in (report, config.output.report):

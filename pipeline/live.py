@@ -249,7 +249,7 @@ class LivePipeline:
         self._waiting.extend(self._sync.poll(time.monotonic_ns()))
         while len(self._waiting) > WAITING_PAIRS:
             self._drop(self._waiting.popleft(), "overload")
-        if not self._waiting:
+        if not self._waiting or self._stop.is_set():  # a first picture of a size takes seconds
             return
         pair = self._waiting.popleft()
         if self._warm:

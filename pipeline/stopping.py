@@ -16,7 +16,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from threading import Thread
+from threading import Event, Thread
 from types import FrameType
 
 from pipeline.terminal import console
@@ -26,6 +26,8 @@ GRACE_S = (
     0.3  # for the main thread to notice; OpenVINO's converter keeps our thread waiting for up to 0.5 s before that
 )
 LOOK_S = 0.1
+
+asked = Event()  # set by the first signal of this process that its main thread heard
 
 
 class Stopped(BaseException):
@@ -41,25 +43,40 @@ class Stopping:
 
     def __init__(self) -> None:
         self._stop: Callable[[], None] | None = None
-        self._busy_starting: Callable[[], bool] = lambda: False
+        self._starting: Callable[[], bool] = lambda: False
+        self._empty_handed: Callable[[], bool] = lambda: False
         self._gave_up: Stopped | None = None
 
-    def ask(self, stop: Callable[[], None], starting: Callable[[], bool] = lambda: False) -> None:
-        """From now on a signal calls `stop`, from the main thread, except while `starting()` is true."""
-        self._busy_starting, self._stop = starting, stop
+    def ask(
+        self,
+        stop: Callable[[], None],
+        starting: Callable[[], bool] = lambda: False,
+        empty_handed: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """From now on a signal calls `stop`, from the main thread.
 
-    @property
-    def starting(self) -> bool:
-        return self._gave_up is not None or self._stop is None or self._busy_starting()
+        Args:
+            stop: asks the work to end.
+            starting: while it is true, `Stopped` is raised instead.
+            empty_handed: while it is true, there is nothing to finish, and a main thread that does not hear is not
+                waited for.
+        """
+        self._stop, self._starting, self._empty_handed = stop, starting, empty_handed
 
     def handle(self, number: int, _: FrameType | None) -> None:
         """The handler of both signals."""
+        asked.set()
         for each in SIGNALS:
             signal.signal(each, signal.SIG_DFL)
-        if self._stop is None or self.starting:
+        if self._stop is None or self._starting():
             self._gave_up = Stopped(number)
             raise self._gave_up
         self._stop()
+
+    def _is_late(self) -> bool:
+        """Whether nothing is lost by ending the process under the main thread, which had its time."""
+        deaf = not asked.is_set()
+        return self._gave_up is not None or self._stop is None or self._starting() or (deaf and self._empty_handed())
 
     def refuse_to_go_on(self) -> None:
         """Raises `Stopped` again, where a library made another error of it."""
@@ -75,7 +92,7 @@ class Stopping:
             try:
                 received = told.recv(16)
             except TimeoutError:
-                if self.starting:
+                if self._is_late():
                     end_now(first)
                 patience_s = LOOK_S
                 continue

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.stopping import Stopped, stopping_on_signals
+from pipeline.stopping import Stopped, asked, stopping_on_signals
 from tests.rigs.recordings import write_video
 
 # The engine stands for a compiler: it locks a mutex that is locked already, in C, where no signal handler of Python's
@@ -152,8 +152,11 @@ def test_a_library_that_makes_another_error_of_a_signal_is_not_believed():
         except Stopped:
             raise RuntimeError("conversion failed") from None
 
-    with pytest.raises(Stopped), stopping_on_signals():
-        convert()
+    try:
+        with pytest.raises(Stopped), stopping_on_signals():
+            convert()
+    finally:
+        asked.clear()
 
 
 def test_a_replay_that_is_stopped_in_the_middle_ends_in_order(folder):
