@@ -32,7 +32,7 @@ from statistics import median
 
 from pipeline.config import SyncConfig
 from pipeline.frame import Camera, Frame, FramePair, Mode
-from pipeline.shutter import Repeats
+from pipeline.shutter import Shutter
 
 FRESH_PERIODS = 1.5  # an infrared frame older than this many infrared periods is never "fused"
 SETTLE_FRAMES = 5  # regular frames after an absence before a camera counts again...
@@ -194,7 +194,7 @@ class Sync:
         self._rhythm: dict[Camera, _Rhythm] = {"infrared": _Rhythm(), "visible": _Rhythm()}
         self._presence: dict[Camera, _Presence] = {"infrared": _Presence(), "visible": _Presence()}
         self._backwards: dict[Camera, list[int]] = {"infrared": [], "visible": []}
-        self._repeats = Repeats()
+        self._shutter = Shutter()
         self._released_until_ns: int | None = None  # capture time of the newest pair
         self._now_ns: int | None = None
         self._watched_ns = 0
@@ -219,7 +219,7 @@ class Sync:
 
     @property
     def shutter_closed(self) -> bool:
-        return self._repeats.frozen
+        return self._shutter.frozen
 
     def absent(self, camera: Camera) -> bool:
         return self._presence[camera].absent
@@ -243,7 +243,7 @@ class Sync:
             return
         self._learn_rhythm(camera, frame.captured_ns)
         self._rhythm[camera].arrived(now_ns - frame.captured_ns)
-        if camera == "infrared" and self._repeats.add(frame.image):
+        if camera == "infrared" and self._shutter.add(frame.image):
             self.account.drop(camera, "repeat")
         elif not settled:
             self.account.drop(camera, "settling")
@@ -481,7 +481,7 @@ class _Recordings:
         self._account = account
         self._max_skew_ns = round(config.max_skew_ms * 1e6)
         self._hold_ns = round(config.hold_ms * 1e6)
-        self._repeats = Repeats()
+        self._shutter = Shutter()
         self._ahead: dict[Camera, _Candidate | None] = {}  # read, and not yet held or paired
         self._rhythm: dict[Camera, _Rhythm] = {"infrared": _Rhythm(), "visible": _Rhythm()}
         rate = 1 + config.infrared_drift_ppm * 1e-6
@@ -539,7 +539,7 @@ class _Recordings:
                 continue
             newest_ns = frame.captured_ns
             self._rhythm[camera].add(newest_ns)
-            repeat = camera == "infrared" and self._repeats.add(frame.image) > 0
+            repeat = camera == "infrared" and self._shutter.add(frame.image) > 0
             yield _Candidate(frame, frame.captured_ns, repeat=repeat)
 
     def _alone_in_gap(

@@ -1,0 +1,127 @@
+"""The closed thermal shutter behind a lossy codec: clips that libx264 and others have coded, with the truth known."""
+
+from __future__ import annotations
+
+import io
+from functools import cache
+
+import av
+import cv2
+import numpy as np
+import pytest
+
+from pipeline.frame import Frame
+from pipeline.shutter import BLOCK_PX, Shutter
+from pipeline.sync import pair_recordings
+
+SIZE = (320, 240)
+CLOSED = range(50, 80)
+CODECS = {
+    "rtsp camera": ("libx264", {"crf": "23", "preset": "veryfast", "tune": "zerolatency"}),
+    "constant bit rate": ("libx264", {"b": "1M", "maxrate": "1M", "bufsize": "500k", "tune": "zerolatency"}),
+    "film": ("libx264", {"crf": "25", "preset": "medium"}),
+    "key pictures often": ("libx264", {"qp": "20", "g": "12", "preset": "veryfast", "tune": "zerolatency"}),
+    "mpeg4": ("mpeg4", {"b": "1M"}),
+}
+
+
+def world() -> np.ndarray:
+    random = np.random.default_rng(4)
+    picture = np.full((480, 640), 90, np.uint8)
+    for _ in range(90):
+        middle = tuple(float(random.integers(0, side)) for side in (640, 480))
+        box = cv2.boxPoints((middle, tuple(random.uniform(8, 60, 2)), float(random.uniform(0, 180)))).astype(np.int32)
+        cv2.fillConvexPoly(picture, box, int(random.integers(40, 200)), cv2.LINE_AA)
+    return cv2.GaussianBlur(picture, (0, 0), 1.2).astype(np.float32)
+
+
+WORLD = world()
+
+
+def filmed(
+    speed_px: float, noise: float, count: int = 110, closed: range = CLOSED, rest: int = 10_000
+) -> list[np.ndarray]:
+    """Pictures of a camera that turns until picture `rest`, with its shutter closed for some of them."""
+    random = np.random.default_rng(0)
+    pictures: list[np.ndarray] = []
+    for index in range(count):
+        if index in closed:
+            pictures.append(pictures[-1])
+            continue
+        x = 30 + speed_px * min(index, rest)
+        view = cv2.warpAffine(WORLD, np.array([[1, 0, -x], [0, 1, -90.0]]), SIZE, flags=cv2.INTER_LINEAR)
+        pictures.append(np.clip(view + random.normal(0, noise, view.shape), 0, 255).astype(np.uint8))
+    return pictures
+
+
+@cache
+def coded(codec: str, speed_px: float = 2.0, noise: float = 1.5, closed: range = CLOSED) -> list[np.ndarray]:
+    """What `filmed` gives, as it comes out of a codec."""
+    name, options = CODECS[codec]
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as container:
+        stream = container.add_stream(name, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for picture in filmed(speed_px, noise, closed=closed):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="gray")))
+        container.mux(stream.encode(None))
+    file.seek(0)
+    with av.open(file) as container:
+        return [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
+
+
+def repeats(pictures: list[np.ndarray]) -> list[bool]:
+    shutter = Shutter()
+    return [shutter.add(picture) > 0 for picture in pictures]
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_closed_shutter_is_seen_through_a_lossy_codec(codec: str):
+    found = repeats(coded(codec))
+    assert all(found[CLOSED.start : CLOSED.stop])
+    assert not any(found[: CLOSED.start])
+    assert not any(found[CLOSED.stop + 1 :])  # one picture of doubt: it could have been a key picture
+
+
+@pytest.mark.parametrize(
+    ("codec", "speed_px"), [("rtsp camera", 0.0), ("rtsp camera", 0.3), ("constant bit rate", 0.0), ("mpeg4", 0.0)]
+)
+def test_a_noisy_scene_that_stands_still_or_nearly_so_is_live(codec: str, speed_px: float):
+    pictures = coded(codec, speed_px, noise=3.0, closed=range(0))
+    assert sum(repeats(pictures)) <= 2
+
+
+def test_a_scene_that_comes_to_rest_is_live_again_after_a_few_pictures():
+    found = repeats(filmed(2.0, noise=1.5, closed=range(0), rest=50))
+    assert not any(found[:50])
+    assert not any(found[62:])
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_of_an_exact_recording_only_equal_pictures_are_repeats(kind: type):
+    found = repeats([picture.astype(kind) for picture in filmed(1.0, noise=1.5)])
+    assert [index for index, repeat in enumerate(found) if repeat] == list(CLOSED)
+
+
+def test_a_picture_of_another_size_begins_anew():
+    shutter = Shutter()
+    pictures = coded("rtsp camera")
+    for picture in pictures[:60]:
+        shutter.add(picture)
+    assert shutter.frozen
+    assert shutter.add(np.ascontiguousarray(pictures[60][: -4 * BLOCK_PX])) == 0
+
+
+@pytest.mark.parametrize("codec", ["rtsp camera", "constant bit rate"])
+def test_no_pair_of_a_coded_recording_with_a_closed_shutter_is_called_fused(codec: str):
+    infrared = coded(codec)
+    black = np.zeros((*SIZE[::-1], 3), np.uint8)
+    pairs = pair_recordings(
+        (Frame("infrared", picture, index * 40_000_000, index) for index, picture in enumerate(infrared)),
+        (Frame("visible", black, index * 40_000_000, index) for index in range(len(infrared))),
+    )
+    modes = [pair.mode for pair in pairs]
+    assert "fused" not in modes[CLOSED.start : CLOSED.stop]
+    assert set(modes[: CLOSED.start]) == {"fused"}
+    assert set(modes[CLOSED.stop + 1 :]) == {"fused"}
