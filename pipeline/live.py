@@ -15,7 +15,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Condition, Event
@@ -291,7 +291,8 @@ class LivePipeline:
         started = time.monotonic_ns()
         aligned = self._register(pair)
         registered = time.monotonic_ns()
-        fused = self._fuse_safely(aligned)
+        with nullcontext() if self.telemetry.fused else self._marked_as_compiling():  # a lone picture's size may be new
+            fused = self._fuse_safely(aligned)
         now = time.monotonic_ns()
         times = {
             "capture": max(0.0, (reference.arrived_ns - reference.captured_ns) / 1e6),
