@@ -115,8 +115,8 @@ class _Reference:
                 if common is None:
                     return np.zeros(2), 0.0
             moved = _moved(image, common, shift)
-            residual = cv2.subtract(moved, common.fixed)
-            residual -= np.float32(cv2.mean(residual)[0])
+            residual = np.asarray(cv2.subtract(moved, common.fixed))
+            residual -= residual.mean()
             if iteration < SETTLING or not common.weighted:
                 common.weigh(residual)
             step = common.step(residual)

@@ -11,6 +11,7 @@ import numpy as np
 
 MAX_SIDE_PX = 16384
 ROTATION_TOLERANCE = 1e-4  # a file written with six digits passes
+MAX_DRIFT_PPM = 1000.0
 EDGE_PX = 1.0  # the outermost ring of valid pixels borrows from outside when it is interpolated
 
 
@@ -112,7 +113,8 @@ class Rig:
     infrared: CameraModel
     infrared_from_visible: np.ndarray  # (4, 4): a point in visible coordinates -> infrared coordinates, metres
     plane_distance_m: float = 30.0  # reference plane, parallel to the visible image; inf: very far
-    time_offset_ms: float = 0.0  # infrared capture clock minus visible capture clock
+    time_offset_ms: float = 0.0  # infrared capture clock minus visible capture clock, when a recording begins
+    drift_ppm: float = 0.0  # by how much the infrared clock runs fast against the visible one
     # (3, 3), infrared pixel -> visible pixel. Set where nothing else is known: then it alone decides.
     homography: np.ndarray | None = None
 
@@ -129,6 +131,11 @@ class Rig:
             raise CalibrationError(f"the reference plane is in front of the camera, got {self.plane_distance_m} m")
         if not math.isfinite(self.time_offset_ms):
             raise CalibrationError(f"the time offset is a number of milliseconds, got {self.time_offset_ms}")
+        if not abs(self.drift_ppm) <= MAX_DRIFT_PPM:
+            raise CalibrationError(
+                f"clocks drift by {MAX_DRIFT_PPM:g} ppm at most, got {self.drift_ppm}: measure it again with "
+                "`calibrate time`"
+            )
         homography = self.homography
         if homography is not None:
             homography = _numbers(homography, (3, 3), "the homography")

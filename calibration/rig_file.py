@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,26 @@ def load_quality(path: str | Path) -> dict[str, Any]:
     document = _yaml_mapping(_content(Path(path)))
     quality = document.get("quality")
     return quality if isinstance(quality, dict) else {}
+
+
+def save_timing(path: str | Path, timing: dict[str, Any]) -> None:
+    """Puts what has been measured about the clocks into a calibration file; all else in it stays.
+
+    Args:
+        path: a file of this program.
+        timing: `offset_ms` and `drift_ppm`, and what else is known about them.
+
+    Raises:
+        CalibrationError: no such file, or one of another program or version.
+    """
+    rig = load_rig(path)
+    try:
+        if Path(path).is_dir() or is_foreign(document := _yaml_mapping(_content(Path(path)))):
+            raise CalibrationError("it was written by another program: solve the rig here, or put the offset into sync")
+        rig = replace(rig, time_offset_ms=timing["offset_ms"], drift_ppm=timing["drift_ppm"])
+    except CalibrationError as error:
+        raise CalibrationError(f"{path}: {error}") from None
+    save_rig(rig, path, {**document, "timing": timing})
 
 
 def save_rig(rig: Rig, path: str | Path, extra: dict[str, Any] | None = None) -> None:
@@ -150,6 +171,7 @@ def _rig(document: dict[str, Any]) -> Rig:
         infrared_from_visible=np.eye(4) if only_homography else _matrix(pose, 4, "extrinsics.T_thermal_visible"),
         plane_distance_m=_number(reference, "plane_distance_m", "reference", 30.0),
         time_offset_ms=_number(timing, "offset_ms", "timing", 0.0),
+        drift_ppm=_number(timing, "drift_ppm", "timing", 0.0),
         homography=_matrix(homography, 3, "reference.homography") if only_homography else None,
     )
 
@@ -203,6 +225,8 @@ def _document(rig: Rig) -> dict[str, Any]:
         reference["homography"] = rig.homography.tolist()
     document["reference"] = reference
     document["timing"] = {"offset_ms": float(rig.time_offset_ms)}
+    if rig.drift_ppm:  # optional: files without it stay as they are
+        document["timing"]["drift_ppm"] = float(rig.drift_ppm)
     return document
 
 

@@ -104,6 +104,17 @@ class TimeOffset:
         """The offset in milliseconds at a visible time."""
         return self.middle_offset_ms + self.drift_ppm * 1e-3 * (visible_s - self.middle_s)
 
+    def for_calibration(self) -> dict[str, float]:
+        """What a calibration file keeps; a drift that may as well be none is left out, and the offset then is that of
+        the middle."""
+        certain = abs(self.drift_ppm) >= 2 * self.drift_sigma_ppm
+        return {
+            "offset_ms": round(self.offset_ms if certain else self.middle_offset_ms, 3),
+            "drift_ppm": round(self.drift_ppm, 2) if certain else 0.0,
+            "sigma_ms": round(self.offset_sigma_ms if certain else self.middle_sigma_ms, 3),
+            "confidence": self.confidence,
+        }
+
 
 def estimate_offset(
     infrared: MotionSignal, visible: MotionSignal, max_offset_s: float = MAX_OFFSET_S, about_ms: float = 0.0

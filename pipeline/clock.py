@@ -1,8 +1,8 @@
 """How far the two cameras' clocks are apart while they run: watched in the background, applied when it is certain.
 
-Both cameras' motion is followed in one thread of its own, on every second or third frame; none is kept. Every few seconds the
-two paths of the last minutes are compared (calibration.time_offset). The result is always reported, and taken off the
-infrared capture times only when two estimates in a row are certain and agree, and then by a millisecond a
+Both cameras' motion is followed in one thread of its own, on every second or third frame; none is kept. Every few
+seconds the two paths of the last minutes are compared (calibration.time_offset). The result is always reported, and
+taken off the infrared capture times only when two estimates in a row are certain and agree, and then by a millisecond a
 second, so that pairing does not jump. A rig that stands still gets no estimate, and nothing is changed.
 """
 

@@ -447,9 +447,15 @@ def tracks_offset(config: SyncConfig) -> bool:
 
 
 def with_rig_offset(config: SyncConfig, register: Register) -> SyncConfig:
-    """The synchronisation with the clock offset that the calibration measured added to the configured one."""
-    offset_ms = register.rig.time_offset_ms if register.rig is not None else 0.0
-    return config.model_copy(update={"infrared_offset_ms": config.infrared_offset_ms + offset_ms})
+    """The synchronisation with the offset and drift that the calibration measured added to the configured ones."""
+    rig = register.rig
+    if rig is None:
+        return config
+    clocks = {
+        "infrared_offset_ms": config.infrared_offset_ms + rig.time_offset_ms,
+        "infrared_drift_ppm": config.infrared_drift_ppm + rig.drift_ppm,
+    }
+    return config.model_copy(update=clocks)
 
 
 def expected_size(config: RigConfig, register: Register) -> tuple[int, int] | None:

@@ -14,12 +14,16 @@ import pytest
 from typer.testing import CliRunner
 
 from calibration.ego_motion import EgoMotion, Motion
-from calibration.rig import CalibrationError
-from calibration.time_offset import MotionSignal, NoSharedMotion, estimate_offset
+from calibration.rig import CalibrationError, CameraModel, Rig
+from calibration.rig_file import load_quality, load_rig, save_rig, save_timing
+from calibration.time_offset import MotionSignal, NoSharedMotion, TimeOffset, estimate_offset
 from pipeline.cli import app
 from pipeline.clock import SLEW_MS_PER_S, MotionLog, OffsetTracker
-from pipeline.config import SyntheticSource
+from pipeline.config import RegistrationConfig, SyncConfig, SyntheticSource
 from pipeline.frame import Camera
+from pipeline.gain import InfraredGain
+from pipeline.live import with_rig_offset
+from pipeline.register import Register
 from pipeline.sources.synthetic import SyntheticCamera
 
 Path2D = Callable[[np.ndarray], np.ndarray]  # true seconds -> (N, 2) pixels
@@ -284,6 +288,42 @@ def test_the_command_measures_two_recordings_and_writes_json(tmp_path: Path):
     assert report["confidence"] > 0.6
     assert set(report) >= {"offset_sigma_ms", "drift_ppm", "drift_sigma_ppm", "correlation", "shared_s", "frames"}
     assert report["frames"] == {"ir": 350, "vis": 420}
+
+
+def test_what_was_measured_is_stored_and_the_rest_of_the_calibration_stays(tmp_path: Path):
+    file = tmp_path / "rig.yaml"
+    size, matrix = (64, 48), np.array([[60.0, 0, 31.5], [0, 60, 23.5], [0, 0, 1]])
+    camera = CameraModel(*size, matrix)
+    save_rig(Rig(camera, camera, np.eye(4)), file, {"created": "today", "quality": {"views": 34}})
+    assert load_rig(file).drift_ppm == 0  # a file that says nothing about it
+    path = hand_held(3)
+    found = estimate_offset(seen(path, 120, 25, 1, offset_ms=20, drift_ppm=80), seen(path, 120, 30, 2))
+    save_timing(file, found.for_calibration())
+    rig = load_rig(file)
+    assert rig.time_offset_ms == pytest.approx(20, abs=1)
+    assert rig.drift_ppm == pytest.approx(80, abs=10)
+    assert load_quality(file) == {"views": 34}
+    config = with_rig_offset(SyncConfig(infrared_offset_ms=5), Register(RegistrationConfig(), InfraredGain(), rig))
+    assert config.infrared_offset_ms == pytest.approx(25, abs=1)
+    assert config.infrared_drift_ppm == rig.drift_ppm
+
+
+def test_a_drift_that_may_as_well_be_none_is_not_stored():
+    measured = {"correlation": 0.95, "rival_correlation": 0.3, "shared_s": 20.0}
+    found = TimeOffset(19.0, 1.5, 90.0, 60.0, 10.0, 19.9, 0.4, **measured)  # 90 ± 60 ppm
+    assert found.for_calibration() == {
+        "offset_ms": 19.9,
+        "drift_ppm": 0.0,
+        "sigma_ms": 0.4,
+        "confidence": found.confidence,
+    }
+
+
+@pytest.mark.parametrize("drift_ppm", [float("nan"), 5000.0, -1e9])
+def test_a_drift_that_no_clock_has_is_refused(drift_ppm):
+    camera = CameraModel(64, 48, np.array([[60.0, 0, 31.5], [0, 60, 23.5], [0, 0, 1]]))
+    with pytest.raises(CalibrationError, match="ppm"):
+        Rig(camera, camera, np.eye(4), drift_ppm=drift_ppm)
 
 
 def test_the_command_refuses_recordings_without_shared_motion(tmp_path: Path):

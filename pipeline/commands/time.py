@@ -17,7 +17,7 @@ def time(
     longest: Annotated[float, typer.Option(min=5, help="Read no more than so many seconds of each recording.")] = 300.0,
     rate: Annotated[float, typer.Option(min=0.1, max=1000, help="Frames a second of image folders.")] = 25.0,
     into: Annotated[
-        Path | None, typer.Option(help="Write the offset into this calibration file, for run and replay.")
+        Path | None, typer.Option(help="Write offset and drift into this calibration file, for run and replay.")
     ] = None,
     as_json: Annotated[
         str | None, typer.Option("--json", help="Write the result as JSON to this file; - is the terminal.")
@@ -28,6 +28,7 @@ def time(
     The offset is infrared time minus visible time of the same moment, at the recordings' beginning: what run and
     replay take off the infrared time. 30 s of irregular turning give it to a millisecond, two minutes the drift.
     """
+    from calibration.rig_file import save_timing
     from calibration.time_offset import NoSharedMotion
     from pipeline.clock_recordings import compare_recordings
     from pipeline.recording import probe, refuse_unlikely
@@ -55,13 +56,5 @@ def time(
         f"confidence {offset.confidence:.2f}"
     )
     if into is not None:
-        _write_into(into, offset.offset_ms)
+        save_timing(into, offset.for_calibration())
         console.print(f"written into {into}")
-
-
-def _write_into(calibration: Path, offset_ms: float) -> None:
-    from dataclasses import replace
-
-    from calibration.rig_file import load_rig, save_rig
-
-    save_rig(replace(load_rig(calibration), time_offset_ms=round(offset_ms, 3)), calibration)
