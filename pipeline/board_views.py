@@ -139,21 +139,21 @@ def _moments_of(chosen: list[tuple[str, dict[str, Path]]]) -> Iterator[Moment]:
 
 def _refuse_swapped(infrared: Path, visible: Path) -> None:
     """By colour, and by bits: no visible camera delivers sixteen beside an infrared one of eight."""
-    from pipeline.recording import is_colour
+    from pipeline.recording import colour_of, refuse_swapped
 
     pictures = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (infrared, visible)]
     thermal, colour = pictures
     if thermal is None or colour is None:
         return  # reading it says why
-    swapped = f"infrared and visible look swapped: give the infrared pictures first ({infrared.name} is "
     if thermal.dtype == np.uint8 and colour.dtype == np.uint16 and colour.ndim == 2:
-        raise SourceError(swapped + f"of 8 bits, {visible.name} grey of 16)")
+        raise SourceError(
+            f"infrared and visible look swapped: give the infrared pictures first ({infrared.name} is of 8 bits, "
+            f"{visible.name} grey of 16)"
+        )
     if thermal.dtype != np.uint8 or colour.dtype != np.uint8:
         return
-    if is_colour(thermal[..., :3] if thermal.ndim == 3 else thermal) and not is_colour(
-        colour[..., :3] if colour.ndim == 3 else colour
-    ):
-        raise SourceError(swapped + f"in colour, {visible.name} grey)")
+    colours = [colour_of(picture[..., :3] if picture.ndim == 3 else picture) for picture in (thermal, colour)]
+    refuse_swapped(infrared, colours[0], visible, colours[1])
 
 
 def _moments_in_time(infrared: Path, visible: Path, rate_hz: float, every_s: float) -> Iterator[Moment]:

@@ -122,6 +122,11 @@ class Capture:
     def stall_limit_ns(self) -> int:
         return max(3 * (self.source.period_ns or 0), round(self._config.stall_ms * 1e6))
 
+    @property
+    def fault(self) -> str | None:
+        """One line on a recording that is damaged or cut off, and was read as far as that goes."""
+        return getattr(self.source, "fault", None)
+
     def counters(self) -> dict[str, Any]:
         """All counters and the state, for reports and metrics."""
         return {
@@ -133,6 +138,7 @@ class Capture:
             "failures": self.failures,
             "stalls": self.stalls,
             "clock_steps": getattr(self.source, "clock_steps", 0),
+            "unreadable": getattr(self.source, "unreadable", 0),
         }
 
     # The reading thread

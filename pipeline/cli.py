@@ -220,7 +220,11 @@ def replay(
     engine: EngineName = "auto",
     report: Report = None,
 ) -> None:
-    """Fuse recordings: nothing is dropped, and equal input gives equal output."""
+    """Fuse recordings: nothing is dropped, and equal input gives equal output.
+
+    A video that is cut off or damaged is fused as far as it can be read. That is no error (status 0): it is said once,
+    and the report has it in `fallbacks` and counts the lost frames in `cameras`.
+    """
     with stopping_on_signals() as stopping:
         from pipeline.config import PublishConfig
         from pipeline.process import carry_frames

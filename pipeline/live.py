@@ -377,6 +377,11 @@ class LivePipeline:
         for line in fallbacks_of(self._engine):
             self.telemetry.fallback(line)
 
+    def _note_faults(self) -> None:
+        for capture in self._captures.values():
+            if capture.fault is not None:
+                self.telemetry.fallback(capture.fault)
+
     def _context(self) -> PublishContext:
         return PublishContext(
             engine=self._engine.description,
@@ -423,6 +428,7 @@ class LivePipeline:
             if self._video.failure:
                 self.telemetry.fallback(self._video.failure)
         self._engine.close()
+        self._note_faults()
         self._settle_counters()
 
     def _settle_counters(self) -> None:

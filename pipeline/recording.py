@@ -1,7 +1,8 @@
-"""What can be known of a recording before it is replayed: its length, rate, size, and whether it is in colour."""
+"""What can be known of a recording before it is replayed: its length, its rate, and what colours it has."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,6 +11,8 @@ from pathlib import Path
 import av
 import cv2
 import numpy as np
+from av.container import InputContainer
+from av.video.stream import VideoStream
 
 from pipeline.config import FolderSource, RigConfig, StreamSource
 from pipeline.errors import ConfigError, SourceError
@@ -17,7 +20,28 @@ from pipeline.record import part_of
 from pipeline.sources.folder import SUFFIXES, image_files, read_image
 
 IMAGE_SUFFIXES = SUFFIXES
-COLOUR_LEVELS = 6.0  # mean distance of the chroma from grey that a colour picture exceeds; compression leaves about 1
+LOOKS = 5  # pictures of a recording that are looked at, from first to last
+COLOUR_LEVELS = 3.0  # chroma of a picture in colour: real visible cameras 3.5 to 15
+GREY_LEVELS = 1.0  # and of one in grey: 0 to 0.5, also compressed
+PALETTE_SHARE = 0.1  # of the chroma that brightness does not explain: palettes up to 0.09, real scenes from 0.11
+SCENE_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Colour:
+    """How much colour there is in a picture, and of what kind."""
+
+    levels: float  # mean distance of the chroma from grey, in grey levels of 255
+    free_share: float  # of the chroma, what the brightness does not explain: 0 where each grey has one colour
+
+    @property
+    def is_palette(self) -> bool:
+        """A picture of one quantity, such as temperature, that was painted in false colours."""
+        return self.levels > COLOUR_LEVELS and self.free_share < PALETTE_SHARE
+
+    @property
+    def is_scene(self) -> bool:
+        return self.levels > COLOUR_LEVELS and self.free_share > SCENE_SHARE
 
 
 @dataclass(frozen=True)
@@ -27,12 +51,12 @@ class RecordingInfo:
     path: Path
     frames: int
     rate_hz: float | None  # None: a folder has none of its own
-    colour: bool  # judged by the first picture
+    colour: Colour  # the median of several pictures
     names: tuple[str, ...] = ()  # of a folder's pictures, without suffix, in their order
 
 
 def probe(path: str | Path) -> RecordingInfo:
-    """Reads the outline of a recording without decoding more than its first picture.
+    """Reads the outline of a recording without decoding more than a few of its pictures.
 
     Raises:
         SourceError: not there, no pictures in it, or not a video.
@@ -90,12 +114,49 @@ def _is_same(one: Path, other: Path) -> bool:
         return False
 
 
-def is_colour(image: np.ndarray) -> bool:
-    """Whether a picture, uint8 BGR or RGB (H, W, 3) or grey (H, W), has colour worth the name."""
-    if image.ndim == 2:
-        return False
-    chroma = cv2.cvtColor(image[::4, ::4], cv2.COLOR_RGB2YCrCb)[..., 1:].astype(np.float32) - 128
-    return float(np.abs(chroma).mean()) > COLOUR_LEVELS
+def colour_of(*images: np.ndarray) -> Colour:
+    """The colour of pictures, uint8 BGR or RGB (H, W, 3) or grey (H, W): the median over them."""
+    found = np.array([_colour_of(image) for image in images if image.ndim == 3])
+    return Colour(*(float(value) for value in np.median(found, axis=0))) if len(found) else Colour(0.0, 0.0)
+
+
+def _colour_of(image: np.ndarray) -> tuple[float, float]:
+    small = cv2.cvtColor(np.ascontiguousarray(image[::4, ::4]), cv2.COLOR_RGB2YCrCb).reshape(-1, 3)
+    chroma = small[:, 1:].astype(np.float64) - 128
+    grey = small[:, 0] // 4
+    counts = np.maximum(np.bincount(grey, minlength=64), 1)
+    of_its_grey = np.stack([np.bincount(grey, plane, minlength=64) / counts for plane in chroma.T], axis=1)[grey]
+    return np.abs(chroma).mean(), ((chroma - of_its_grey) ** 2).sum() / max((chroma**2).sum(), 1.0)
+
+
+def look_swapped(infrared: Colour, visible: Colour) -> bool:
+    """Whether what is given as infrared shows a scene in colour, and what is given as visible none or a palette.
+
+    Two grey recordings may be right, and so may a palette beside a visible camera's colours.
+    """
+    if infrared.levels > COLOUR_LEVELS and visible.levels < GREY_LEVELS:
+        return True
+    return infrared.is_scene and visible.is_palette
+
+
+def refuse_swapped(infrared: Path, infrared_colour: Colour, visible: Path, visible_colour: Colour) -> None:
+    """Raises SourceError for two recordings or pictures that `look_swapped`."""
+    if look_swapped(infrared_colour, visible_colour):
+        other = "in false colours" if visible_colour.is_palette else "grey"
+        raise SourceError(
+            f"{infrared.name} is in colour and {visible.name} is {other}: infrared and visible look swapped: "
+            "give the infrared one first"
+        )
+
+
+def doubts(infrared: RecordingInfo, visible: RecordingInfo) -> list[str]:
+    """What is strange about two recordings, and may be right: one line each, for the report."""
+    if infrared.colour.levels > COLOUR_LEVELS:
+        return [
+            f"the infrared recording {infrared.path.name} is in colour, of which only the brightness is used: "
+            "if it shows temperature by a palette, record it in grey; if it is the visible one, give it second"
+        ]
+    return []
 
 
 def refuse_unlikely(infrared: RecordingInfo, visible: RecordingInfo) -> None:
@@ -107,11 +168,7 @@ def refuse_unlikely(infrared: RecordingInfo, visible: RecordingInfo) -> None:
     for info in (infrared, visible):
         if info.frames == 0:
             raise SourceError(f"{info.path} has no frames: give a recording with at least one picture")
-    if infrared.colour and not visible.colour:
-        raise SourceError(
-            f"{infrared.path.name} is in colour and {visible.path.name} is grey: infrared and visible look swapped: "
-            "give the infrared recording first"
-        )
+    refuse_swapped(infrared.path, infrared.colour, visible.path, visible.colour)
     _refuse_unmatched(infrared, visible)
     rates = (infrared.rate_hz, visible.rate_hz)
     if infrared.frames == visible.frames > 1 and rates[0] and rates[1] and abs(rates[0] / rates[1] - 1) > 0.01:
@@ -137,7 +194,8 @@ def _refuse_unmatched(infrared: RecordingInfo, visible: RecordingInfo) -> None:
 
 def _probe_folder(path: Path) -> RecordingInfo:
     images = image_files(path, none_allowed=True)
-    colour = bool(images) and is_colour(read_image(images[0], "visible"))
+    looked_at = sorted({round(share * (len(images) - 1)) for share in np.linspace(0, 1, LOOKS)}) if images else []
+    colour = colour_of(*(read_image(images[index], "visible") for index in looked_at))
     return RecordingInfo(path, len(images), None, colour, tuple(image.stem for image in images))
 
 
@@ -149,13 +207,40 @@ def _probe_video(path: Path) -> RecordingInfo:
                 raise SourceError(f"{path} has no video stream: give a video file")
             stream = container.streams.video[0]
             rate = stream.average_rate or stream.guessed_rate
-            first = next(iter(container.decode(stream)), None)
-            colour = first is not None and is_colour(first.to_ndarray(format="rgb24"))
+            pictures = _look_at(container, stream)
         with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
-            packets = sum(1 for packet in container.demux(video=0) if packet.size)
+            packets = _count_packets(container)
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise SourceError(f"{path} cannot be read as a video ({reason}): give a video file") from None
-    if first is None:
-        packets = 0
-    return RecordingInfo(path, packets, float(Fraction(rate)) if rate else None, colour)
+    return RecordingInfo(
+        path, packets if pictures else 0, float(Fraction(rate)) if rate else None, colour_of(*pictures)
+    )
+
+
+def _look_at(container: InputContainer, stream: VideoStream) -> list[np.ndarray]:
+    """The first picture, and those at the keyframes before some later moments. What is damaged is left out."""
+    pictures = [_next_picture(container, stream)]
+    start, length = container.start_time or 0, container.duration or 0
+    for share in np.linspace(0, 1, LOOKS)[1:-1] if length else ():
+        with contextlib.suppress(av.FFmpegError):  # there is no way there: cut off before it, or without an index
+            container.seek(start + round(share * length))
+            pictures.append(_next_picture(container, stream))
+    return [picture for picture in pictures if picture is not None]
+
+
+def _next_picture(container: InputContainer, stream: VideoStream) -> np.ndarray | None:
+    for packet in container.demux(stream):
+        with contextlib.suppress(av.InvalidDataError, EOFError):
+            for frame in packet.decode():
+                return np.asarray(frame.to_ndarray(format="rgb24"))
+    return None
+
+
+def _count_packets(container: InputContainer) -> int:
+    """As many as can be reached: where the file is broken off, the replay says so."""
+    count = 0
+    with contextlib.suppress(av.InvalidDataError, EOFError):
+        for packet in container.demux(video=0):
+            count += bool(packet.size)
+    return count

@@ -28,8 +28,9 @@ from pipeline.gain import InfraredGain
 from pipeline.live import FrameLedger, describe_engine, engine_for, step_times, with_rig_offset
 from pipeline.publish import PublishContext, Publisher
 from pipeline.record import VideoFile
-from pipeline.recording import probe, refuse_overwriting, refuse_unlikely
+from pipeline.recording import doubts, probe, refuse_overwriting, refuse_unlikely
 from pipeline.register import Register
+from pipeline.sources.base import Source
 from pipeline.sources.opening import open_source
 from pipeline.sync import Account, pair_recordings
 from pipeline.telemetry import Telemetry
@@ -99,9 +100,9 @@ def replay(
         ledger = FrameLedger(telemetry)
         if on_start is not None:
             on_start(infos[1].frames)
-        infrared = frames_of(config.infrared, "infrared", rate_hz)
-        visible = frames_of(config.visible, "visible", rate_hz)
+        sources = source_of(config.infrared, "infrared", rate_hz), source_of(config.visible, "visible", rate_hz)
         started_ns = time.monotonic_ns()
+        infrared, visible = (grab_all(source) for source in sources)
         pairs = pair_recordings(infrared, visible, with_rig_offset(config.sync, register), account)
         for pair in pairs:
             if stopped():
@@ -137,24 +138,32 @@ def replay(
             for reason, count in reasons.items():
                 telemetry.drop("sync", f"{camera}_{reason}", count)
                 telemetry.frame_dropped(camera, "sync", reason, count)
-        for line in fallbacks_of(engine):
+        faults = [fault for source in sources if (fault := getattr(source, "fault", None))]
+        for line in [*fallbacks_of(engine), *doubts(*infos), *faults]:
             telemetry.fallback(line)
         return telemetry.report(
             {"infrared": account.captured["infrared"], "visible": account.captured["visible"]},
             engine=describe_engine(engine, fuse.psnr_db),
             priors={"updates": fuse.keeper.updates, "steps": config.engine.diffusion_steps},
             registration=register.report(),
+            cameras={source.camera: {"unreadable": getattr(source, "unreadable", 0)} for source in sources},
         )
+
+
+def source_of(path: str, camera: Camera, rate_hz: float) -> Source:
+    """A recording as a source that waits for nobody, not yet open."""
+    if Path(path).is_dir():
+        return open_source(FolderSource(path=path, rate_hz=rate_hz, realtime=False), camera)
+    return open_source(StreamSource(url=str(Path(path)), realtime=False), camera)
 
 
 def frames_of(path: str, camera: Camera, rate_hz: float) -> Iterator[Frame]:
     """All frames of a recording, from first to last."""
-    section = (
-        FolderSource(path=path, rate_hz=rate_hz, realtime=False)
-        if Path(path).is_dir()
-        else StreamSource(url=str(Path(path)), realtime=False)
-    )
-    source = open_source(section, camera)
+    return grab_all(source_of(path, camera, rate_hz))
+
+
+def grab_all(source: Source) -> Iterator[Frame]:
+    """Opens a recording, and gives all its frames."""
     source.open()
     try:
         while True:
@@ -163,7 +172,7 @@ def frames_of(path: str, camera: Camera, rate_hz: float) -> Iterator[Frame]:
             except SourceEnded:
                 return
             except SourceError as error:
-                raise SourceError(f"{camera}: {error}") from None
+                raise SourceError(f"{source.camera}: {error}") from None
     finally:
         source.close()
 

@@ -16,7 +16,7 @@ from pipeline.errors import ConfigError, SourceError
 from pipeline.frame import Frame, FramePair
 from pipeline.fuse import Fuse
 from pipeline.gain import InfraredGain
-from pipeline.recording import is_colour, refuse_unless_there
+from pipeline.recording import colour_of, refuse_swapped, refuse_unless_there
 from pipeline.register import Register
 from pipeline.sources.folder import SUFFIXES, image_files, read_image
 
@@ -61,8 +61,7 @@ def read_pair(infrared: Path, visible: Path) -> FramePair:
         SourceError: unreadable, or swapped.
     """
     colour = read_image(visible, "visible")
-    if not is_colour(colour) and is_colour(read_image(infrared, "visible")):
-        raise SourceError(f"{infrared.name} is in colour and {visible.name} is grey: infrared and visible look swapped")
+    refuse_swapped(infrared, colour_of(read_image(infrared, "visible")), visible, colour_of(colour))
     thermal = read_image(infrared, "infrared")
     bits = 8 if thermal.dtype == np.uint8 else 16
     return FramePair(

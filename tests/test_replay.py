@@ -177,6 +177,97 @@ def test_a_live_rig_does_not_write_its_video_over_a_recording_it_reads(tmp_path:
         LivePipeline(config, engine=MaximumEngine())
 
 
+def cut(path: Path, share: float) -> Path:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    return path
+
+
+@pytest.mark.parametrize("camera", ["infrared", "visible"])
+def test_a_recording_that_was_cut_off_is_fused_as_far_as_it_goes_and_the_report_says_so(tmp_path: Path, pair, camera):
+    cut(Path(pair[camera]), 0.6)
+    output = tmp_path / "fused.mp4"
+    report = replay(ReplayConfig(**pair, output=str(output)), engine=MaximumEngine())
+    lost = report["cameras"][camera]["unreadable"]
+    short = {"infrared": "ir", "visible": "vis"}[camera]
+    assert report["frames_in"][short] == 12 - lost < 12
+    assert report["fused"] == frames_in(output) == (12 if camera == "infrared" else report["pairs"])
+    (line,) = report["fallbacks"]
+    assert f"the {camera} recording" in line
+    assert f"is cut off: {lost} of its frames could not be read" in line
+    for account in report["accounting"].values():
+        assert account["captured"] == account["used"] + sum(account["dropped"].values())
+
+
+def test_a_live_rig_that_reads_a_cut_off_recording_reports_it(pair):
+    from pipeline.config import RigConfig, StreamSource
+    from pipeline.live import LivePipeline
+
+    cut(Path(pair["visible"]), 0.6)
+    config = RigConfig(
+        infrared=StreamSource(url=pair["infrared"]),
+        visible=StreamSource(url=pair["visible"]),
+        publish=PublishConfig(endpoint=""),
+    )
+    report = LivePipeline(config, engine=MaximumEngine()).run(10)
+    assert report["cameras"]["visible"]["unreadable"] == 12 - report["cameras"]["visible"]["captured"] > 0
+    assert any("the visible recording" in line and "is cut off" in line for line in report["fallbacks"])
+
+
+def painted(folder: Path, palette: bool, shift: int = 0) -> Path:
+    """A recording in colour: of a scene, or of one quantity in false colours. Its first picture is black."""
+    import cv2
+    import numpy as np
+
+    (folder / f"{palette}{shift}").mkdir(parents=True)
+    random = np.random.default_rng(shift)
+    for index in range(6):
+        grey = cv2.GaussianBlur(random.integers(0, 255, (48, 64), np.uint8), (0, 0), 3)
+        grey = cv2.normalize(grey, None, 0, 255, cv2.NORM_MINMAX)
+        scene = np.dstack([cv2.GaussianBlur(random.integers(0, 255, (48, 64), np.uint8), (0, 0), 1)] * 3)
+        scene[..., 0] = cv2.GaussianBlur(random.integers(0, 255, (48, 64), np.uint8), (0, 0), 2)
+        image = cv2.applyColorMap(grey, cv2.COLORMAP_INFERNO) if palette else scene
+        cv2.imwrite(str(folder / f"{palette}{shift}" / f"{index}.png"), image * (index > 0))
+    return folder / f"{palette}{shift}"
+
+
+def grey_in_three_channels(folder: Path) -> Path:
+    import cv2
+    import numpy as np
+
+    (folder / "grey").mkdir(parents=True)
+    for index in range(6):
+        cv2.imwrite(str(folder / "grey" / f"{index}.png"), np.full((48, 64, 3), 30 * index, np.uint8))
+    return folder / "grey"
+
+
+def test_swapped_recordings_are_told_apart_by_several_pictures_not_by_the_first(tmp_path: Path):
+    scene, grey, palette = painted(tmp_path, False), grey_in_three_channels(tmp_path), painted(tmp_path, True)
+    for infrared, visible in ((scene, grey), (scene, palette)):
+        with pytest.raises(SourceError, match="infrared and visible look swapped"):
+            replay(ReplayConfig(infrared=str(infrared), visible=str(visible)), engine=MaximumEngine())
+        report = replay(ReplayConfig(infrared=str(visible), visible=str(infrared)), engine=MaximumEngine())
+        assert report["fused"] == 6
+        warned = [line for line in report["fallbacks"] if "is in colour, of which only the brightness is used" in line]
+        assert len(warned) == (visible is palette)
+
+
+def test_two_grey_recordings_are_taken_as_they_are_given(tmp_path: Path):
+    grey = str(grey_in_three_channels(tmp_path))
+    assert replay(ReplayConfig(infrared=grey, visible=grey), engine=MaximumEngine())["fallbacks"] == []
+
+
+@pytest.mark.realdata
+def test_every_real_clip_is_recognised_when_it_is_swapped_and_taken_when_it_is_not(data_dir: Path):
+    from pipeline.recording import doubts, look_swapped, probe
+
+    for clip in json.loads((data_dir / "video" / "index.json").read_text()):
+        infrared, visible = (probe(data_dir / "video" / clip[name]) for name in ("ir", "vi"))
+        assert not look_swapped(infrared.colour, visible.colour), clip["name"]
+        assert doubts(infrared, visible) == []
+        grey = "tno" in clip["name"]  # where both cameras are grey, nothing tells them apart
+        assert look_swapped(visible.colour, infrared.colour) != grey, clip["name"]
+
+
 def text_file(folder: Path) -> Path:
     path = folder / "notes.mkv"
     path.write_text("this is no video\n" * 50)

@@ -482,3 +482,62 @@ def test_a_tilde_of_a_user_without_a_home_is_one_clear_line(monkeypatch, source)
     monkeypatch.setattr("pwd.getpwuid", lambda _: {}["no such user"])
     with pytest.raises(SourceError, match=r"there is no (file|folder) ~/ir"):
         open_source(source, "infrared").open()
+
+
+# Recordings that were cut off
+
+
+def recordings_to_cut(folder: Path) -> dict[str, Path]:
+    """Whole recordings of 40 frames in all containers, each frame different from the one before."""
+    settings: dict[str, dict] = {
+        "ffv1.mkv": {"codec": "ffv1"},
+        "h264.mkv": {"codec": "libx264", "options": {"g": "8"}},
+        "reordered.mkv": {"codec": "libx264", "options": {"g": "8", "bf": "3"}},
+        "front.mp4": {"codec": "libx264", "options": {"g": "8"}, "container": {"movflags": "faststart"}},
+        "fragments.mp4": {
+            "codec": "libx264", "options": {"g": "8"}, "container": {"movflags": "frag_keyframe+empty_moov"},
+        },
+        "ffv1.avi": {"codec": "ffv1"},
+    }  # fmt: skip
+    noise = np.random.default_rng(0).integers(0, 255, (96, 300, 3), np.uint8)
+    for name, given in settings.items():
+        with av.open(str(folder / name), "w", options=given.get("container", {})) as container:
+            stream = container.add_stream(given["codec"], rate=25, options=given.get("options", {}))
+            stream.width, stream.height, stream.pix_fmt = 128, 96, "yuv420p"
+            for index in range(40):
+                moved = np.ascontiguousarray(noise[:, 4 * index : 4 * index + 128])
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(moved, format="rgb24")))
+            container.mux(stream.encode(None))
+    return {name: folder / name for name in settings}
+
+
+def test_a_recording_that_was_cut_off_is_read_as_far_as_it_goes_and_what_is_lost_is_told(tmp_path, caplog):
+    for name, path in recordings_to_cut(tmp_path).items():
+        source = recording(path, "visible")
+        assert (len(read_all(source)), source.unreadable, source.fault) == (40, 0, None), name
+        for share in (0.5, 0.8, 0.97):
+            cut = path.with_name(f"cut_{name}")
+            cut.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+            source = recording(cut, "visible")
+            caplog.clear()
+            frames = len(read_all(source))
+            assert 40 * share - 10 <= frames < 40, (name, share)
+            if "fragments" in name:  # each tells of itself only
+                assert 0 < source.unreadable <= 40 - frames
+            else:
+                assert frames + source.unreadable == 40, (name, share)
+            assert f"{source.unreadable} of its frames could not be read" in source.fault
+            assert f"cut_{name} is cut off" in source.fault
+            assert [record.getMessage() for record in caplog.records] == [source.fault]
+
+
+def test_a_recording_that_loops_tells_once_that_it_was_cut_off(tmp_path, caplog):
+    path = recordings_to_cut(tmp_path)["ffv1.mkv"]
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 4])
+    source = recording(path, loop=True)
+    source.open()
+    frames = [source.grab() for _ in range(25)]
+    source.close()
+    assert [frame.index for frame in frames] == list(range(25))
+    assert len(caplog.records) == 1
+    assert source.fault == caplog.records[0].getMessage()

@@ -7,13 +7,16 @@ first keyframe are rubbish.
 
 from __future__ import annotations
 
+import logging
 import os
 import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +35,10 @@ from pipeline.redaction import redact, secrets_of
 from pipeline.sources.access_units import AccessUnit, AccessUnits
 from pipeline.sources.base import MAX_PIXELS, OpenedOnce, Pace
 from pipeline.sources.capture_time import CaptureTime, Timeline
+from pipeline.sources.cut_off import is_cut_off
 from pipeline.sources.pictures import to_image
+
+log = logging.getLogger("dspfusion.sources")
 
 # FFmpeg's log echoes URLs with their passwords, and from decoder threads at that: silence is PyAV's own default.
 av.logging.set_level(None)
@@ -67,12 +73,28 @@ class StreamCamera(OpenedOnce):
         self._reader: _LiveReader | _FileReader | None = None
         self._index = 0
         self._earlier_steps = 0  # of the connections before this one
+        self._losses = _Losses()
+        self._fault_logged = False
 
     @property
     def clock_steps(self) -> int:
         """How often the camera's clock was set, or its time stamps began anew, since the beginning."""
         reader = self._reader
         return self._earlier_steps + (reader.clock_steps if isinstance(reader, _LiveReader) else 0)
+
+    @property
+    def unreadable(self) -> int:
+        """Frames of a recording that could not be read so far: damaged, or behind the place where it was cut off."""
+        return self._losses.frames
+
+    @property
+    def fault(self) -> str | None:
+        """One line on what is wrong with a recording that is read nevertheless."""
+        if not self._losses.found:
+            return None
+        what = "is cut off" if self._losses.cut_off else "is damaged"
+        lost = f"{self._losses.frames} of its frames" if self._losses.frames else "its end"
+        return f"the {self.camera} recording {self._name} {what}: {lost} could not be read, the others are used"
 
     def open(self) -> None:
         self._closing.clear()
@@ -89,9 +111,16 @@ class StreamCamera(OpenedOnce):
                 frame = self._reader.read(self._index)
             except av.FFmpegError as error:
                 raise SourceError(self._explain(error, "reading")) from None
+            finally:
+                self._warn_of_losses()
             self.period_ns = self._reader.period_ns
             self._index = frame.index + 1
             return frame
+
+    def _warn_of_losses(self) -> None:
+        if self._losses.complete and not self._fault_logged:
+            self._fault_logged = True
+            log.warning(self.fault)
 
     def _let_go(self) -> None:
         if self._reader is not None:
@@ -113,7 +142,8 @@ class StreamCamera(OpenedOnce):
             if self.live:
                 return self._connect_live()
             path = self._file_path()
-            return _FileReader(path, self.camera, self.config, self._closing, lambda: self._open_file(path))
+            reopen = partial(self._open_file, path)
+            return _FileReader(path, self.camera, self.config, self._closing, reopen, self._losses)
         except av.FFmpegError as error:
             # A handshake that runs out of time is reported as invalid data where it was in the middle of an answer.
             late = self.live and time.monotonic() - started >= self.config.connect_timeout_s
@@ -360,13 +390,38 @@ class _LiveReader:
         self._size = size
 
 
+@dataclass
+class _Losses:
+    """What of a recording could not be read."""
+
+    frames: int = 0  # where the end is missing, as many as its announced duration holds
+    cut_off: bool = False
+    complete: bool = False  # something is lost, and the end was reached, so that it can be told
+
+    @property
+    def found(self) -> bool:
+        return bool(self.frames) or self.cut_off
+
+
 class _FileReader:
-    """One video file: every frame, in order, with exact times."""
+    """One video file: every frame, in order, with exact times.
+
+    One that is cut off or damaged is read as far as possible, and what is lost is counted.
+    """
 
     live = False
 
-    def __init__(self, path: Path, camera: Camera, config: StreamSource, closing: threading.Event, reopen: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        camera: Camera,
+        config: StreamSource,
+        closing: threading.Event,
+        reopen: Callable[[], tuple[InputContainer, VideoStream]],
+        losses: _Losses,
+    ) -> None:
         self._path, self._camera, self._config, self._closing, self._reopen = path, camera, config, closing, reopen
+        self._losses = losses
         self._pace = Pace()
         self._lap_ns = 0  # where this run through the file begins
         self._last_ns = -1
@@ -380,6 +435,10 @@ class _FileReader:
         self._first_pts: int | None = None
         self._pictures = self._decode()
         self._undecodable = 0
+        self._lost = 0  # on this run through the file
+        self._decoded = 0
+        self._end_pts: int | None = None  # of the last picture
+        self._broken_off = False
         self._suspect = False
 
     def read(self, index: int) -> Frame:
@@ -409,11 +468,13 @@ class _FileReader:
 
     def _next_picture(self) -> VideoFrame:
         picture = next(self._pictures, None)
-        if picture is None and self._frames and self._config.loop:
-            self._container.close()
-            self._lap_ns = self._last_ns + (self.period_ns or FALLBACK_PERIOD_NS)
-            self._start()
-            picture = next(self._pictures, None)
+        if picture is None and self._frames:
+            self._note_losses()
+            if self._config.loop:
+                self._container.close()
+                self._lap_ns = self._last_ns + (self.period_ns or FALLBACK_PERIOD_NS)
+                self._start()
+                picture = next(self._pictures, None)
         if picture is not None:
             self._frames += 1
             return picture
@@ -422,11 +483,12 @@ class _FileReader:
         raise SourceEnded(f"all {self._frames} frames of {self._path.name} have been read")
 
     def _decode(self) -> Iterator[VideoFrame]:
-        for packet in self._container.demux(self._stream):
+        for packet in self._packets():
             try:
-                pictures = packet.decode()
+                pictures = packet.decode() if packet is not None else self._stream.codec_context.decode(None)
             except av.InvalidDataError:
                 self._undecodable += 1
+                self._lost += 1
                 self._suspect = True
                 continue
             except EOFError:
@@ -434,7 +496,57 @@ class _FileReader:
             for picture in pictures:
                 if picture.key_frame:
                     self._suspect = False
+                self._decoded += 1
+                self._end_pts = picture.pts
                 yield picture
+
+    def _packets(self) -> Iterator[Packet[Any] | None]:
+        """All packets, then one (or None) that has the decoder hand out what it holds back."""
+        packets = self._container.demux(self._stream)
+        while True:
+            try:
+                packet = next(packets, None)
+            except av.FFmpegError:  # a broken index, or a broken disk: what comes after it is out of reach
+                if not self._decoded:
+                    raise
+                self._broken_off = True
+                yield None
+                return
+            if packet is None:
+                return
+            yield packet
+
+    def _note_losses(self) -> None:
+        """At the end: what was damaged, and what should have followed if the file is shorter than it says."""
+        try:
+            cut_off = self._broken_off or is_cut_off(self._path)
+        except OSError:
+            cut_off = True
+        lost = max(self._lost, self._missing_at_the_end() if cut_off else 0)
+        self._losses.frames = max(self._losses.frames, lost)  # a recording that loops loses the same ones each time
+        self._losses.cut_off |= cut_off
+        self._losses.complete = self._losses.found
+
+    def _missing_at_the_end(self) -> int:
+        stream, duration_s = self._stream, self._announced_s()
+        if self._container.format.name == "avi" and stream.frames:  # FFmpeg corrects its duration by what is there
+            return max(0, stream.frames - self._decoded)
+        if not (duration_s and self.period_ns and self._end_pts is not None and stream.time_base):
+            return 0
+        missing_s = duration_s - float(self._end_pts * stream.time_base) - self.period_ns / 1e9
+        return max(0, round(missing_s * 1e9 / self.period_ns))
+
+    def _announced_s(self) -> float:
+        """When the recording ends by its header, on the scale of its time stamps; 0 where that tells nothing."""
+        stream = self._stream
+        if stream.duration and stream.time_base:
+            return float(((stream.start_time or 0) + stream.duration) * stream.time_base)
+        hours, minutes, seconds = (["0", "0", *stream.metadata.get("DURATION", "0").split(":")])[-3:]
+        try:
+            tagged_s = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+        except ValueError:
+            tagged_s = 0.0
+        return tagged_s or (self._container.duration or 0) / av.time_base
 
     def _relative_ns(self, picture: VideoFrame) -> int:
         """Nanoseconds since the recording's first frame. Always later than the frame before's."""
