@@ -49,7 +49,8 @@ class EngineDescription:
     variant: str
     why: str  # why this runtime was chosen
     weights_sha256: str
-    threads: int = 0  # 0: the runtime decides
+    threads: int = 0  # of one frame; 0: the runtime decides
+    at_once: int = 1  # frames that may be fused at the same time, each by a call of its own
     fallbacks: tuple[str, ...] = field(default=())  # what was tried before, and why it does not serve
 
 
@@ -61,7 +62,10 @@ def fallbacks_of(engine: FusionEngine) -> list[str]:
 
 
 class FusionEngine(Protocol):
-    """Runs the fusion network. `estimate_priors` and `fuse` may be called from two threads at once."""
+    """Runs the fusion network. `estimate_priors` and `fuse` may be called from several threads at once.
+
+    More than `description.at_once` calls of `fuse` wait for each other.
+    """
 
     description: EngineDescription
 

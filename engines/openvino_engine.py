@@ -94,7 +94,8 @@ class OpenVINOEngine:
         weights: a safetensors file; None takes the shipped weights.
         precision: "fp32", "bf16", or "auto": bf16 where the processor computes in it, fp32 elsewhere. The hint is
             always given, because the default differs between machines and with it the pictures. Priors are always fp32.
-        threads: for the frames; 0 chooses. Priors get one thread, they run beside the frames.
+        threads: for each frame; 0 chooses. Priors get one thread, they run beside the frames.
+        at_once: frames that are fused at the same time by as many callers.
         diffusion_steps: 1 to 10.
         cache: where converted networks are kept; None takes the user's cache folder.
 
@@ -112,6 +113,7 @@ class OpenVINOEngine:
         diffusion_steps: int = 4,
         why: str = "asked for",
         cache: EngineCache | None = None,
+        at_once: int = 1,
     ) -> None:
         self._openvino = import_openvino()
         self._core = self._openvino.Core()
@@ -132,6 +134,7 @@ class OpenVINOEngine:
             why=why,
             weights_sha256=weights_sha256(variant, weights),
             threads=threads or default_threads(),
+            at_once=at_once,
         )
         self.psnr_db = self._verify()
         self._reference_network = None  # its memory; it is loaded again should a new size come
@@ -218,8 +221,8 @@ class OpenVINOEngine:
         frame = graph == "frame"
         options = {
             "INFERENCE_PRECISION_HINT": HINTS[self.description.precision if frame else "fp32"],
-            "INFERENCE_NUM_THREADS": self.description.threads if frame else 1,
-            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": self.description.threads * self.description.at_once if frame else 1,
+            "NUM_STREAMS": self.description.at_once if frame else 1,
             # A pinned thread waits for whoever else is on its core: capture, decoding, encoding.
             "ENABLE_CPU_PINNING": False,
         }

@@ -32,6 +32,7 @@ class _Order:
     diffusion_steps: int
     weights: Path | None
     sizes: SizeRange | None
+    at_once: int
 
 
 def create_engine(
@@ -42,6 +43,7 @@ def create_engine(
     diffusion_steps: int = 4,
     weights: Path | str | None = None,
     sizes: str | None = None,
+    at_once: int = 0,
 ) -> FusionEngine:
     """Creates the engine that fuses.
 
@@ -55,12 +57,13 @@ def create_engine(
         weights: a safetensors file; None takes the shipped weights of the variant.
         sizes: "SMALLEST-USUAL-LARGEST", as "320x240-640x480-1280x720": TensorRT builds one engine for this range of
             picture sizes; the other runtimes take any size.
+        at_once: on a processor, frames that are fused at the same time by as many callers; 0 is one.
 
     Raises:
         EngineError: if nothing serves, or what was asked for by name does not.
     """
     file, served = None if weights is None else Path(weights), None if sizes is None else range_of(sizes)
-    order = _Order(variant, precision, threads, diffusion_steps, file, served)
+    order = _Order(variant, precision, threads, diffusion_steps, file, served, at_once or 1)
     if not 1 <= diffusion_steps <= 10:
         raise EngineError(f"diffusion_steps is {diffusion_steps}: choose 1 to 10")
     if runtime not in RUNTIMES:
@@ -117,13 +120,22 @@ def _compile(order: _Order, why: str) -> FusionEngine:
 def _openvino(order: _Order, why: str) -> FusionEngine:
     from engines.openvino_engine import OpenVINOEngine
 
-    return OpenVINOEngine(order.variant, order.weights, order.precision, order.threads, order.diffusion_steps, why)
+    return OpenVINOEngine(
+        order.variant,
+        order.weights,
+        order.precision,
+        order.threads,
+        order.diffusion_steps,
+        why,
+        at_once=order.at_once,
+    )
 
 
 def _pytorch(order: _Order, why: str) -> FusionEngine:
     from engines.pytorch_engine import PyTorchEngine
 
-    return PyTorchEngine(order.variant, order.weights, order.precision, order.threads, order.diffusion_steps, why)
+    threads = order.threads * order.at_once  # it fuses one frame at a time, whoever asks
+    return PyTorchEngine(order.variant, order.weights, order.precision, threads, order.diffusion_steps, why)
 
 
 _FACTORIES: dict[str, Callable[[_Order, str], FusionEngine]] = {

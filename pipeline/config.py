@@ -143,7 +143,8 @@ class EngineConfig(Section):
     runtime: Literal["auto", "tensorrt", "compile", "openvino", "pytorch"] = "auto"
     variant: Literal["nano", "small", "base"] = "nano"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    threads: int = Field(0, ge=0, le=256)  # 0: chosen from the cores that the other stages leave free
+    threads: int = Field(0, ge=0, le=256)  # for a frame; 0: chosen from the cores that the other stages leave free
+    at_once: int = Field(0, ge=0, le=8)  # frames of a live rig that are fused at the same time; 0: chosen
     diffusion_steps: int = Field(4, ge=1, le=10)
     weights: str | None = None  # a safetensors file; None: the shipped weights of the variant
     # TensorRT: one engine for SMALLEST-USUAL-LARGEST, as 320x240-640x480-1280x720; None: one for every size that comes.

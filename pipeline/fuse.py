@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
 
 from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, FusionEngine, Priors
-from pipeline.background import give_way
+from pipeline.background import Workers, give_way
 from pipeline.config import PriorsConfig, SteadyConfig
 from pipeline.frame import AlignedPair, FusedFrame
 from pipeline.handover import Latest
@@ -102,16 +104,58 @@ class PriorKeeper:
                 self.failures += 1
 
 
+@dataclass
+class Begun:
+    """A pair on its way through the network."""
+
+    aligned: AlignedPair
+    infrared: np.ndarray  # uint8 (H, W): black where the camera is missing
+    visible: np.ndarray  # uint8 RGB (H, W, 3)
+    priors: Priors
+    index: int
+    priors_age_frames: int
+    started: float
+    image: Future[np.ndarray] | None = None  # None: computed when it is finished
+
+    @property
+    def presence(self) -> tuple[bool, bool]:
+        """Which cameras it shows: infrared, visible."""
+        return self.aligned.infrared is not None, self.aligned.visible is not None
+
+    @property
+    def done(self) -> bool:
+        return self.image is None or self.image.done()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it is done within this time."""
+        return self.image is None or bool(wait([self.image], timeout_s).done)
+
+
 class Fuse:
-    """One aligned pair in, one fused frame out."""
+    """One aligned pair in, one fused frame out.
+
+    Args:
+        engine: runs the network.
+        background: the priors are estimated in a thread of their own, and so are the pictures of `begin`.
+        on_done: called by such a thread whenever a picture is done.
+        first_index: the number of the first frame.
+    """
 
     def __init__(
-        self, engine: FusionEngine, config: PriorsConfig, background: bool, steady: SteadyConfig | None = None
+        self,
+        engine: FusionEngine,
+        config: PriorsConfig,
+        background: bool,
+        steady: SteadyConfig | None = None,
+        on_done: Callable[[], None] = lambda: None,
+        first_index: int = 0,
     ) -> None:
         self._engine = engine
         self.keeper = PriorKeeper(engine, config, background)
         self._steady = Steady(steady or SteadyConfig(enabled=False))
-        self._index = 0
+        self._workers = Workers("fuse", engine.description.at_once) if background else None
+        self._on_done = on_done
+        self.index = first_index  # of the next frame
         self.psnr_db: float | None = None  # of the engine's picture of the first pair against PyTorch's
         self._proven = False
 
@@ -121,6 +165,43 @@ class Fuse:
         Raises:
             EngineError: the engine cannot serve, or its first picture is not what PyTorch makes of that pair.
         """
+        return self.finish(self._begin(aligned))
+
+    def begin(self, aligned: AlignedPair) -> Begun:
+        """Hands a pair to a thread of the network and returns at once; `finish` is called in the same order."""
+        begun = self._begin(aligned)
+        if self._workers is not None:
+            begun.image = self._workers.submit(self._engine.fuse, begun.infrared, begun.visible, begun.priors)
+            begun.image.add_done_callback(lambda _: self._on_done())
+        return begun
+
+    def finish(self, begun: Begun) -> FusedFrame:
+        """Waits for the picture and makes the frame of it; raises what the network raised."""
+        infrared, visible, presence = begun.infrared, begun.visible, begun.presence
+        image = begun.image.result() if begun.image else self._engine.fuse(infrared, visible, begun.priors)
+        if all(presence) and not self._proven:
+            self.psnr_db = self._engine.prove(infrared, visible, begun.priors, image)
+            self._proven = True
+        if all(presence) and begun.aligned.weight is not None:
+            # Outside the infrared camera's view there is nothing to fuse: the visible picture fades in.
+            image = cv2.blendLinear(image, visible, begun.aligned.weight, 1 - begun.aligned.weight)
+        return FusedFrame(
+            image=self._steady(image, presence),
+            aligned=begun.aligned,
+            mode=begun.aligned.pair.mode,
+            index=begun.index,
+            degradation=readout(begun.priors, presence),
+            degradation_strength=strengths(begun.priors, presence),
+            priors_age_frames=begun.priors_age_frames,
+            latency_ms={"fuse": (time.perf_counter() - begun.started) * 1e3},
+        )
+
+    def close(self) -> None:
+        self.keeper.close()
+        if self._workers is not None:
+            self._workers.close()
+
+    def _begin(self, aligned: AlignedPair) -> Begun:
         started = time.perf_counter()
         infrared, visible = aligned.infrared, aligned.visible
         presence = (infrared is not None, visible is not None)
@@ -129,29 +210,9 @@ class Fuse:
             infrared = np.zeros(visible.shape[:2], np.uint8)
         if visible is None:
             visible = np.zeros((*infrared.shape, 3), np.uint8)
-        priors = self.keeper.priors(infrared, visible, presence, self._index)
-        image = self._engine.fuse(infrared, visible, priors)
-        if all(presence) and not self._proven:
-            self.psnr_db = self._engine.prove(infrared, visible, priors, image)
-            self._proven = True
-        if all(presence) and aligned.weight is not None:
-            # Outside the infrared camera's view there is nothing to fuse: the visible picture fades in.
-            image = cv2.blendLinear(image, visible, aligned.weight, 1 - aligned.weight)
-        image = self._steady(image, presence)
-        fused = FusedFrame(
-            image=image,
-            aligned=aligned,
-            mode=aligned.pair.mode,
-            index=self._index,
-            degradation=readout(priors, presence),
-            degradation_strength=strengths(priors, presence),
-            priors_age_frames=self.keeper.age_frames(self._index),
-        )
-        self._index += 1
-        return replace(fused, latency_ms={"fuse": (time.perf_counter() - started) * 1e3})
-
-    def close(self) -> None:
-        self.keeper.close()
+        index, self.index = self.index, self.index + 1
+        priors = self.keeper.priors(infrared, visible, presence, index)
+        return Begun(aligned, infrared, visible, priors, index, self.keeper.age_frames(index), started)
 
 
 def readout(priors: Priors, presence: tuple[bool, bool]) -> dict[str, dict[str, float]]:

@@ -87,10 +87,10 @@ class Telemetry:
             if count:
                 self._dropped[stage][reason] += count
 
-    def frame_used(self, camera: str) -> None:
+    def frame_used(self, camera: str, count: int = 1) -> None:
         """Counts a source frame that is in a fused picture (a held frame counts once, at its first use)."""
         with self._lock:
-            self._used[camera] += 1
+            self._used[camera] += count
 
     def frame_dropped(self, camera: str, stage: str, reason: str, count: int = 1) -> None:
         """Counts a source frame that no fused picture shows."""

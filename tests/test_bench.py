@@ -153,17 +153,15 @@ def test_a_mistake_is_one_line(monkeypatch, capsys, arguments, says):
 
 def test_a_variant_without_shipped_weights_is_timed_with_random_ones(tmp_path, monkeypatch):
     from engines.dspfusion import variants
-    from pipeline.commands.bench import engine_of
+    from pipeline.commands.bench import section_of
 
     monkeypatch.setattr("engines.dspfusion.variants.default_weights", lambda name: tmp_path / "none.safetensors")
-    given = []
-    monkeypatch.setattr("pipeline.live.engine_for", lambda config: given.append(config) or MaximumEngine())
-    with engine_of("pytorch:fp32", "nano") as (_, weights):
+    with section_of("pytorch:fp32", "nano") as (section, weights):
         assert weights == "random"
-        network, _ = variants.load("nano", Path(given[0].weights))
+        network, _ = variants.load("nano", Path(section.weights))
         assert sum(value.numel() for value in network.parameters()) > 1e5
-        assert (given[0].runtime, given[0].precision) == ("pytorch", "fp32")
-    assert not Path(given[0].weights).exists()
+        assert (section.runtime, section.precision) == ("pytorch", "fp32")
+    assert not Path(section.weights).exists()
 
 
 def test_build_engine_builds_for_a_rig_and_compares_with_pytorch(tmp_path: Path, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,19 @@ def test_inputs_are_left_as_they_were_and_may_be_read_only_or_strided(fp32, refe
     again = fused.copy()
     fp32.fuse(infrared[::-1], visible, priors)
     assert np.array_equal(fused, again), "a later frame must not write into an earlier picture"
+
+
+def test_two_frames_at_once_are_those_of_one_after_the_other(fp32, weights, cache_folder, pair):
+    engine = OpenVINOEngine(
+        weights=weights, precision="fp32", threads=1, diffusion_steps=2, cache=EngineCache(cache_folder), at_once=2
+    )
+    assert engine.description.at_once == 2
+    priors = engine.estimate_priors(*pair)
+    other = pair[0][::-1].copy(), pair[1][::-1].copy()
+    expected = [fp32.fuse(*one, priors) for one in (pair, other)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda one: engine.fuse(*one, priors), [pair, other] * 4))
+    assert all(np.array_equal(picture, expected[k % 2]) for k, picture in enumerate(found))
 
 
 @pytest.mark.parametrize("runtime", ["reference", "fp32"])

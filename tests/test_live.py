@@ -86,6 +86,47 @@ def test_an_engine_slower_than_the_cameras_drops_the_oldest_and_stays_current():
     assert_every_frame_is_accounted_for(report)
 
 
+def test_two_pictures_at_once_double_the_rate_and_keep_their_order():
+    """Each takes 100 ms of the 40 ms between two frames."""
+    indices: list[int] = []
+    captured: list[int] = []
+
+    def note(fused) -> None:
+        indices.append(fused.index)
+        captured.append(fused.aligned.pair.captured_ns)
+
+    report = LivePipeline(rig_config(), engine=MaximumEngine(fuse_s=0.1, at_once=2), on_fused=note).run(duration_s=4)
+    assert 12 <= report["fps"] <= 20.5
+    assert indices == list(range(indices[0], indices[0] + len(indices)))
+    assert captured == sorted(captured)
+    assert_every_frame_is_accounted_for(report)
+
+
+def test_pictures_that_were_in_a_failed_engine_are_fused_by_its_successor_in_order(monkeypatch: pytest.MonkeyPatch):
+    spare = MaximumEngine()
+    spare.description = replace(spare.description, runtime="pytorch")
+    monkeypatch.setattr("pipeline.live.engine_for", lambda _: spare)
+    indices: list[int] = []
+    engine = MaximumEngine(fuse_s=0.05, fails_at=20, at_once=2)
+    report = LivePipeline(rig_config(), engine=engine, on_fused=lambda f: indices.append(f.index)).run(duration_s=3)
+    assert report["engine"]["runtime"] == "pytorch"
+    assert indices == sorted(set(indices))
+    assert_every_frame_is_accounted_for(report)
+
+
+def test_what_is_still_in_the_network_long_after_the_end_is_dropped_and_accounted_for():
+    class Stuck(MaximumEngine):
+        def fuse(self, infrared, visible, priors):
+            if self.calls == 12:
+                time.sleep(4)
+            return super().fuse(infrared, visible, priors)
+
+    report = LivePipeline(rig_config(), engine=Stuck()).run(duration_s=2)
+    assert report["dropped"]["fuse"]["stopping"] >= 1
+    assert report["pairs"] == report["fused"] + sum(report["dropped"]["fuse"].values())
+    assert_every_frame_is_accounted_for(report)
+
+
 def test_an_engine_that_fails_in_flight_is_replaced_and_reported(monkeypatch: pytest.MonkeyPatch):
     spare = MaximumEngine()
     spare.description = replace(spare.description, runtime="pytorch")

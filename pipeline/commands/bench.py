@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,6 +42,8 @@ def bench(
     as_json: AsJson = None,
 ) -> None:
     """Time the engines of this machine: the network alone, and the live pipeline around it."""
+    from engines.bench import bench as time_network
+    from pipeline.live import engine_for
     from pipeline.telemetry import write_report
     from pipeline.terminal import console
 
@@ -53,13 +55,19 @@ def bench(
     orders = [(name, one) for one in variant or ["nano"] for name in engine or default_engines()]
     with rows_done(len(orders)) as done:
         for name, one in orders:
-            with engine_of(name, one, threads) as (serving, weights):
-                rows = measured(serving, sizes, what, frames, warm_up, seconds, rate)
+            with section_of(name, one, threads) as (section, weights):
+                rows: list[dict[str, Any]] = []
+                if what != "pipeline" or other is not None:
+                    with closing(engine_for(section)) as serving:
+                        if what != "pipeline":
+                            rows += time_network([serving], sizes, frames, warm_up, seconds)
+                        if other is not None:
+                            result.setdefault("side_by_side", []).extend(
+                                compared(serving, other, against or "", at, frames, warm_up, seconds) for at in sizes
+                            )
+                if what != "network":
+                    rows += [pipeline_row(section, size, seconds, rate) for size in sizes]
                 result["rows"] += [row | {"weights": weights} for row in rows]
-                if other is not None:
-                    result.setdefault("side_by_side", []).extend(
-                        compared(serving, other, against or "", at, frames, warm_up, seconds) for at in sizes
-                    )
             done()
     if as_json:
         write_report(result, as_json)
@@ -70,17 +78,7 @@ def bench(
             console.print(comparison(entry), highlight=False, soft_wrap=True)
 
 
-def measured(
-    serving: FusionEngine, sizes: list[Size], what: str, frames: int, warm_up: int, seconds: float, rate: float
-) -> list[dict[str, Any]]:
-    """The rows of one engine."""
-    from engines.bench import bench as time_network
-
-    rows = [] if what == "pipeline" else time_network([serving], sizes, frames, warm_up, seconds)
-    return rows if what == "network" else rows + [pipeline_row(serving, size, seconds, rate) for size in sizes]
-
-
-def pipeline_row(serving: FusionEngine, size: Size, seconds: float, rate: float) -> dict[str, Any]:
+def pipeline_row(section: Any, size: Size, seconds: float, rate: float) -> dict[str, Any]:
     """Runs the live pipeline on the simulated rig, with one subscriber to the raw and one to the JPEG pictures.
 
     `median_ms` and `p99_ms` are from capture to publication, `cpu_ms` is the processor time of a fused frame with all
@@ -99,17 +97,16 @@ def pipeline_row(serving: FusionEngine, size: Size, seconds: float, rate: float)
     config = RigConfig.model_validate(
         {"rig": "bench", "infrared": camera, "visible": camera, "publish": {"endpoint": "tcp://127.0.0.1:*"}}
     )
-    pipeline = LivePipeline(config, engine=_Kept(serving))
+    pipeline = LivePipeline(config.model_copy(update={"engine": section}))
     with subscribers(pipeline.endpoint):
         cpu = time.process_time()
         report = pipeline.run(seconds)
         cpu = time.process_time() - cpu
-    description = serving.description
-    latency = report["latency_ms"].get("capture_to_publish", {})
+    engine, latency = report["engine"], report["latency_ms"].get("capture_to_publish", {})
     return {
-        "engine": description.runtime,
-        "precision": description.precision,
-        "variant": description.variant,
+        "engine": engine["runtime"],
+        "precision": engine["precision"],
+        "variant": engine["variant"],
         "width": width,
         "height": height,
         "what": "pipeline",
@@ -118,7 +115,8 @@ def pipeline_row(serving: FusionEngine, size: Size, seconds: float, rate: float)
         "cpu_ms": cpu * 1000 / report["fused"] if report["fused"] else None,
         "fps": report["fps"],
         "rss_mb": resident_mb(),
-        "threads": description.threads,
+        "threads": engine["threads"],
+        "at_once": engine["at_once"],
         "frames": report["fused"],
         "rate_hz": rate,
         "p95_ms": latency.get("p95"),
@@ -126,17 +124,6 @@ def pipeline_row(serving: FusionEngine, size: Size, seconds: float, rate: float)
         "dropped": report["dropped"],
         "fallbacks": report["fallbacks"],
     }
-
-
-class _Kept:
-    """An engine that outlives the pipeline that it is lent to."""
-
-    def __init__(self, engine: FusionEngine) -> None:
-        self.description = engine.description
-        self.estimate_priors, self.fuse, self.prove = engine.estimate_priors, engine.fuse, engine.prove
-
-    def close(self) -> None:
-        """Its owner closes it."""
 
 
 @contextmanager
@@ -215,15 +202,14 @@ def callable_of(text: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def engine_of(name: str, variant: str, threads: int = 0) -> Iterator[tuple[FusionEngine, str]]:
-    """An engine named runtime or runtime:precision, and whose weights it has ("shipped" or "random").
+def section_of(name: str, variant: str, threads: int = 0) -> Iterator[tuple[Any, str]]:
+    """The engine section of runtime or runtime:precision, and whose weights it names ("shipped" or "random").
 
     A variant without shipped weights is timed with random ones: time does not depend on them.
     """
     import tempfile
 
     from engines.dspfusion.variants import VARIANTS, default_weights
-    from pipeline.live import engine_for
 
     runtime, _, precision = name.partition(":")
     config = engine_section(runtime=runtime, variant=variant, precision=precision or "auto", threads=threads)
@@ -232,9 +218,7 @@ def engine_of(name: str, variant: str, threads: int = 0) -> Iterator[tuple[Fusio
         if not shipped:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="dspfusion-"))
             config = config.model_copy(update={"weights": str(random_weights(variant, Path(folder)))})
-        serving = engine_for(config)
-        stack.callback(serving.close)
-        yield serving, "shipped" if shipped else "random"
+        yield config, "shipped" if shipped else "random"
 
 
 def random_weights(variant: str, folder: Path) -> Path:

@@ -12,8 +12,10 @@ from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, EngineDesc
 class MaximumEngine:
     """Brighter of infrared and visible, per pixel. Its semantic prior is the mean of the visible picture."""
 
-    def __init__(self, fuse_s: float = 0.0, fails_at: int | None = None) -> None:
-        self.description = EngineDescription("openvino", "fp32", "nano", "a stand-in for a test", "0" * 64)
+    def __init__(self, fuse_s: float = 0.0, fails_at: int | None = None, at_once: int = 1) -> None:
+        self.description = EngineDescription(
+            "openvino", "fp32", "nano", "a stand-in for a test", "0" * 64, at_once=at_once
+        )
         self._fuse_s, self._fails_at = fuse_s, fails_at
         self.calls = 0
         self.estimates = 0
