@@ -38,7 +38,7 @@ from engines.arrays import (
 )
 from engines.base import EngineDescription, EngineError, Priors
 from engines.cache import EngineCache, cache_key, source_sha256
-from engines.dspfusion import variants
+from engines.dspfusion.loading import load
 from engines.dspfusion.network import DSPFusion
 from engines.pytorch_engine import FrameGraph, PyTorchEngine, tensor_of
 from engines.sizes import Size
@@ -378,7 +378,7 @@ class GPUEngine(ABC):
     # What both share
 
     def _network(self) -> DSPFusion:
-        network, _ = variants.load(self._variant, self._weights)
+        network, _ = load(self._variant, self._weights)
         # Channels last is what the GPU's convolutions work in.
         placed: DSPFusion = network.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return placed.requires_grad_(False)

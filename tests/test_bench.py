@@ -152,13 +152,13 @@ def test_a_mistake_is_one_line(monkeypatch, capsys, arguments, says):
 
 
 def test_a_variant_without_shipped_weights_is_timed_with_random_ones(tmp_path, monkeypatch):
-    from engines.dspfusion import variants
+    from engines.dspfusion.loading import load
     from pipeline.commands.bench import section_of
 
     monkeypatch.setattr("engines.dspfusion.variants.default_weights", lambda name: tmp_path / "none.safetensors")
     with section_of("pytorch:fp32", "nano") as (section, weights):
         assert weights == "random"
-        network, _ = variants.load("nano", Path(section.weights))
+        network, _ = load("nano", Path(section.weights))
         assert sum(value.numel() for value in network.parameters()) > 1e5
         assert (section.runtime, section.precision) == ("pytorch", "fp32")
     assert not Path(section.weights).exists()

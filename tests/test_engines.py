@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from engines import arrays, gpu_probe, selection
 from engines.base import EngineError, FusionEngine, Priors
 from engines.cache import EngineCache
-from engines.dspfusion import variants
+from engines.dspfusion.loading import build
 from engines.openvino_engine import OpenVINOEngine
 from engines.pytorch_engine import PyTorchEngine
 
@@ -31,9 +31,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of `nano` that were never trained, but are all different from zero."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    state = {
-        name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in variants.build("nano").state_dict().items()
-    }
+    state = {name: tensor + 0.01 * torch.randn_like(tensor) for name, tensor in build("nano").state_dict().items()}
     path = tmp_path_factory.mktemp("weights") / "nano.safetensors"
     save_file(state, path, metadata={"variant": "nano"})
     return path

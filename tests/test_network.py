@@ -15,9 +15,10 @@ from engines.arrays import picture_of
 from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, EngineError
 from engines.dspfusion.diffusion import STEPS, SemanticDiffusion, alpha_bars, stride
 from engines.dspfusion.folded import FoldedFrame
+from engines.dspfusion.loading import build, load
 from engines.dspfusion.network import DSPFusion, PriorTokens, pad
 from engines.dspfusion.priors import mosaic, thumbnail
-from engines.dspfusion.variants import VARIANTS, build, default_weights, load
+from engines.dspfusion.variants import VARIANTS, default_weights
 from engines.evaluation.degradations import degrade
 from engines.evaluation.evaluate import public_pairs
 from engines.pytorch_engine import FrameGraph

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from engines.base import EngineError
 from engines.dspfusion import variants
-from engines.dspfusion.variants import load
+from engines.dspfusion.loading import load
 from engines.training import journal as journal_module
 from engines.training import train as train_module
 from engines.training.checkpoint import read_checkpoint, write_whole

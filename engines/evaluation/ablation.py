@@ -41,10 +41,10 @@ class Ablation:
     """
 
     def __init__(self, engine: FusionEngine, variant: str, weights: Path | None, steps: int) -> None:
-        from engines.dspfusion import variants
+        from engines.dspfusion.loading import load
 
         self._engine, self._steps = engine, steps
-        self._network, _ = variants.load(variant, weights)
+        self._network, _ = load(variant, weights)
         self._neutral: tuple[Tensor, Tensor, Tensor] | None = None
         self._read: tuple[Case, Priors, tuple[Tensor, Tensor, Tensor], Tensor] | None = None
         self.prior_errors: dict[tuple[str, str, str], float] = {}

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engines.base import INFRARED_DEGRADATIONS
-from engines.dspfusion import variants
 from engines.dspfusion.diffusion import STEPS
+from engines.dspfusion.loading import load
 from engines.dspfusion.network import DSPFusion, PriorTokens
 from engines.dspfusion.priors import mosaic
 from engines.training.config import TeacherConfig, TrainConfig
@@ -63,7 +63,7 @@ class Teacher:
             EngineError: it has no weights.
         """
         weights = None if config.weights is None else Path(config.weights)
-        network, self.sha256 = variants.load(config.variant, weights)
+        network, self.sha256 = load(config.variant, weights)
         self.network = network.to(device).requires_grad_(False)
         keep_precise(self.network.unet.head)
         self.share, self.steps = config.share, config.steps

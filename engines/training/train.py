@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from engines.base import EngineError
 from engines.dspfusion.diffusion import STEPS
+from engines.dspfusion.loading import build
 from engines.dspfusion.network import DSPFusion
-from engines.dspfusion.variants import build
 from engines.training.checkpoint import read_checkpoint, write_checkpoint, write_whole
 from engines.training.config import STAGES, TrainConfig, checked, read_config, require_files
 from engines.training.data import Batch, Pair, draw_batch, drawn_ahead, hold_back, moved, numbers_of, reading_pairs

@@ -226,7 +226,7 @@ def random_weights(variant: str, folder: Path) -> Path:
     import torch
     from safetensors.torch import save_file
 
-    from engines.dspfusion.variants import build
+    from engines.dspfusion.loading import build
 
     torch.manual_seed(0)
     path = folder / f"{variant}.safetensors"
