@@ -9,6 +9,7 @@ import os
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -63,6 +64,7 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(RedactingFilter())
+    threading.excepthook = tell_of_thread
     before = set(threading.enumerate())
     try:
         result = app(prog_name="dspfusion", standalone_mode=False)
@@ -73,12 +75,20 @@ def main() -> None:
         end_now(stopped.number)
     except Exception as error:
         line = users_mistake(error)
-        if line is None:
-            raise
-        if line:
-            print(f"dspfusion: error: {redact(line)}", file=sys.stderr)
-        result = 2
+        if line is None:  # a bug of ours
+            text, result = "".join(traceback.format_exception(error)), 1
+        else:
+            text, result = f"dspfusion: error: {line}\n" if line else "", 2
+        print(redact(text), end="", file=sys.stderr)
     leave(result if isinstance(result, int) else 0, before)
+
+
+def tell_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """Prints the traceback of a thread that failed, without the passwords that an address in it may carry."""
+    if failed.exc_value is not None:
+        name = failed.thread.name if failed.thread else "unknown"
+        text = "".join(traceback.format_exception(failed.exc_value))
+        print(redact(f"thread {name} failed: {text}"), end="", file=sys.stderr)
 
 
 def users_mistake(error: Exception) -> str | None:
@@ -147,14 +157,17 @@ def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str
     with stopping_on_signals() as stopping:
         from pipeline.live import LivePipeline
         from pipeline.process import carry_frames
-        from pipeline.recording import inputs_of, refuse_overwriting
+        from pipeline.recording import check_recordings, inputs_of, refuse_overwriting
         from pipeline.telemetry import check_report_target, write_report
 
         carry_frames()
         for target in (report, config.output.report):
             check_report_target(target)
             refuse_overwriting(target, *inputs_of(config))
+        doubts = check_recordings(config)
         pipeline = LivePipeline(config)
+        for line in doubts:
+            pipeline.telemetry.fallback(line)
         with viewer_of(config, pipeline) as address:
             console.print(f"rig [bold]{config.rig}[/]: fused frames at {pipeline.endpoint or 'no endpoint'}")
             if address:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -14,7 +14,9 @@ import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
+from calibration.rig import Rig
 from pipeline.config import FolderSource, RigConfig, StreamSource
+from pipeline.config import Source as AnySource
 from pipeline.errors import ConfigError, SourceError
 from pipeline.record import part_of
 from pipeline.sources.folder import SUFFIXES, image_files, read_image
@@ -52,6 +54,7 @@ class RecordingInfo:
     frames: int
     rate_hz: float | None  # None: a folder has none of its own
     colour: Colour  # the median of several pictures
+    size: tuple[int, int] | None = None  # (width, height) of the first picture
     names: tuple[str, ...] = ()  # of a folder's pictures, without suffix, in their order
 
 
@@ -84,13 +87,54 @@ def refuse_unless_there(path: Path) -> None:
 
 def inputs_of(config: RigConfig) -> list[str]:
     """The files and folders that a rig reads: recordings and calibration."""
-    paths = [config.registration.calibration]
-    for section in (config.infrared, config.visible):
-        if isinstance(section, FolderSource):
-            paths.append(section.path)
-        elif isinstance(section, StreamSource) and "://" not in (path := section.url.removeprefix("file://")):
-            paths.append(path)
+    paths = [config.registration.calibration, _path_of(config.infrared), _path_of(config.visible)]
     return [path for path in paths if path]
+
+
+def _path_of(section: AnySource) -> str | None:
+    """Where a recording is; None for a camera."""
+    if isinstance(section, FolderSource):
+        return section.path
+    path = section.url.removeprefix("file://") if isinstance(section, StreamSource) else "://"
+    return None if "://" in path else path
+
+
+def check_recordings(config: RigConfig) -> list[str]:
+    """Looks at the recordings of a rig before it is started. Returns what is strange about them, for the report.
+
+    Raises:
+        SourceError: one that cannot be read, or two that cannot belong together as they are given.
+    """
+    sections = (config.infrared, config.visible)
+    infos = [
+        replace(probe(path), rate_hz=section.rate_hz) if isinstance(section, FolderSource) else probe(path)
+        for section in sections
+        if (path := _path_of(section)) is not None
+    ]
+    for info in infos:
+        _refuse_empty(info)
+    if len(infos) < 2:
+        return []
+    if infos[0].rate_hz != infos[1].rate_hz:  # then pictures of one moment have different numbers
+        infos = [replace(info, names=()) for info in infos]
+    refuse_unlikely(*infos)
+    return doubts(*infos)
+
+
+def refuse_other_size(rig: Rig | None, infrared: RecordingInfo, visible: RecordingInfo) -> None:
+    """Raises ConfigError for a calibration at another resolution than the recordings have."""
+    if rig is None:
+        return
+    models = rig.infrared, rig.visible
+    for camera, info, model, other in zip(
+        ("infrared", "visible"), (infrared, visible), models, models[::-1], strict=True
+    ):
+        if info.size is not None and info.size != model.size:
+            swapped = ", the other camera's size: are the two swapped?" if info.size == other.size else ":"
+            raise ConfigError(
+                f"the calibration is for {model.size[0]}x{model.size[1]}, but the {camera} recording {info.path.name} "
+                f"has {info.size[0]}x{info.size[1]}{swapped} Give one of that size, or calibrate at this one"
+            )
 
 
 def refuse_overwriting(output: str | Path | None, *inputs: str | Path) -> None:
@@ -166,8 +210,7 @@ def refuse_unlikely(infrared: RecordingInfo, visible: RecordingInfo) -> None:
         SourceError: swapped cameras, no frames, folders with unmatched names, or as many frames at another rate.
     """
     for info in (infrared, visible):
-        if info.frames == 0:
-            raise SourceError(f"{info.path} has no frames: give a recording with at least one picture")
+        _refuse_empty(info)
     refuse_swapped(infrared.path, infrared.colour, visible.path, visible.colour)
     _refuse_unmatched(infrared, visible)
     rates = (infrared.rate_hz, visible.rate_hz)
@@ -177,6 +220,11 @@ def refuse_unlikely(infrared: RecordingInfo, visible: RecordingInfo) -> None:
             f"{visible.path.name} at {rates[1]:g} Hz: one of the rates is wrong, and pairing by time would mismatch "
             "them: correct the file's rate"
         )
+
+
+def _refuse_empty(info: RecordingInfo) -> None:
+    if info.frames == 0:
+        raise SourceError(f"{info.path} has no frames: give a recording with at least one picture")
 
 
 def _refuse_unmatched(infrared: RecordingInfo, visible: RecordingInfo) -> None:
@@ -195,8 +243,14 @@ def _refuse_unmatched(infrared: RecordingInfo, visible: RecordingInfo) -> None:
 def _probe_folder(path: Path) -> RecordingInfo:
     images = image_files(path, none_allowed=True)
     looked_at = sorted({round(share * (len(images) - 1)) for share in np.linspace(0, 1, LOOKS)}) if images else []
-    colour = colour_of(*(read_image(images[index], "visible") for index in looked_at))
-    return RecordingInfo(path, len(images), None, colour, tuple(image.stem for image in images))
+    pictures = [read_image(images[index], "visible") for index in looked_at]
+    names = tuple(image.stem for image in images)
+    return RecordingInfo(path, len(images), None, colour_of(*pictures), size_of(*pictures), names)
+
+
+def size_of(*pictures: np.ndarray) -> tuple[int, int] | None:
+    """(width, height) of the first of some pictures."""
+    return (pictures[0].shape[1], pictures[0].shape[0]) if pictures else None
 
 
 def _probe_video(path: Path) -> RecordingInfo:
@@ -213,9 +267,8 @@ def _probe_video(path: Path) -> RecordingInfo:
     except (av.FFmpegError, OSError) as error:
         reason = getattr(error, "strerror", None) or type(error).__name__
         raise SourceError(f"{path} cannot be read as a video ({reason}): give a video file") from None
-    return RecordingInfo(
-        path, packets if pictures else 0, float(Fraction(rate)) if rate else None, colour_of(*pictures)
-    )
+    frames, rate_hz = packets if pictures else 0, float(Fraction(rate)) if rate else None
+    return RecordingInfo(path, frames, rate_hz, colour_of(*pictures), size_of(*pictures))
 
 
 def _look_at(container: InputContainer, stream: VideoStream) -> list[np.ndarray]:

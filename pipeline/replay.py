@@ -28,7 +28,7 @@ from pipeline.gain import InfraredGain
 from pipeline.live import FrameLedger, describe_engine, engine_for, step_times, with_rig_offset
 from pipeline.publish import PublishContext, Publisher
 from pipeline.record import VideoFile
-from pipeline.recording import doubts, probe, refuse_overwriting, refuse_unlikely
+from pipeline.recording import doubts, probe, refuse_other_size, refuse_overwriting, refuse_unlikely
 from pipeline.register import Register
 from pipeline.sources.base import Source
 from pipeline.sources.opening import open_source
@@ -87,6 +87,7 @@ def replay(
             stack.callback(video.discard)  # does nothing to a file that was closed in order
         registration = RegistrationConfig(calibration=config.calibration, refine=config.refine)
         register = Register(registration, InfraredGain(config.gain))
+        refuse_other_size(register.rig, *infos)
         publisher = Publisher(
             config.publish or PublishConfig(endpoint=""),
             config.rig,

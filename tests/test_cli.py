@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -443,3 +444,73 @@ def test_a_signal_ends_a_run_within_two_seconds_with_report_and_status_0(tmp_pat
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["fused"] > 10
     assert sorted(file.name for file in tmp_path.iterdir()) == ["fused.mp4", "report.json", "rig.yaml"]
+
+
+RECORDED_RIG = """
+rig: test
+infrared: {{kind: {kind}, {key}: {infrared}}}
+visible: {{kind: {kind}, {key}: {visible}}}
+publish: {{endpoint: "tcp://127.0.0.1:*"}}
+output: {{video: fused.mp4, report: report.json}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("infrared", "visible", "said"),
+    [
+        ("absent.mkv", "vis.mkv", "absent.mkv does not exist"),
+        ("ir.mkv", "text.mkv", "text.mkv cannot be read as a video"),
+        ("vis.mkv", "ir.mkv", "look swapped"),
+        ("slow.mkv", "vis.mkv", "one of the rates is wrong"),
+        ("none", "pictures", "none has no frames"),
+        ("others", "pictures", "no partner"),
+    ],
+)
+def test_run_refuses_recordings_before_it_starts_anything(
+    tmp_path: Path, infrared: str, visible: str, said: str, monkeypatch, capsys
+):
+    write_video(tmp_path / "ir.mkv", colour=False)
+    write_video(tmp_path / "slow.mkv", rate=10, colour=False)
+    write_video(tmp_path / "vis.mkv")
+    (tmp_path / "text.mkv").write_text("no video " * 100)
+    (tmp_path / "none").mkdir()
+    write_images(tmp_path / "pictures", "a.png", "b.png")
+    write_images(tmp_path / "others", "a.png", "c.png")
+    kind = {"kind": "stream", "key": "url"} if visible.endswith("mkv") else {"kind": "folder", "key": "path"}
+    (tmp_path / "rig.yaml").write_text(RECORDED_RIG.format(**kind, infrared=infrared, visible=visible))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("pipeline.live.engine_for", lambda _: pytest.fail("the engine was built"))
+    before = sorted(tmp_path.rglob("*"))
+    status, _, err = call(monkeypatch, capsys, "run", "rig.yaml")
+    assert_one_clear_line(status, err, said)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_replay_refuses_a_calibration_for_another_resolution_before_the_engine_is_built(
+    tmp_path: Path, monkeypatch, capsys
+):
+    from calibration.rig_file import save_rig
+    from pipeline.config import SyntheticSource
+    from pipeline.sources.synthetic import true_rig
+
+    save_rig(true_rig(SyntheticSource(), SyntheticSource()), tmp_path / "rig.yaml")
+    monkeypatch.setattr("pipeline.replay.engine_for", lambda _: pytest.fail("the engine was built"))
+    inputs = [str(write_video(tmp_path / "ir.mkv", colour=False)), str(write_video(tmp_path / "vis.mkv"))]
+    status, _, err = call(monkeypatch, capsys, "replay", *inputs, "--calibration", str(tmp_path / "rig.yaml"))
+    assert_one_clear_line(status, err, "640x480", "96x64")
+
+
+def test_a_bug_of_ours_is_told_with_its_traceback_but_without_a_password(tmp_path: Path, monkeypatch, capsys):
+    def fail(_: Path) -> None:
+        thread = threading.Thread(target=lambda: {}["rtsp://admin:s3cret@camera/vis"])
+        thread.start()
+        thread.join()
+        raise RuntimeError("cannot handle rtsp://admin:s3cret@camera/ir")
+
+    monkeypatch.setattr("pipeline.config.load_config", fail)
+    status, out, err = call(monkeypatch, capsys, "run", "rig.yaml")
+    assert status == 1
+    assert "RuntimeError: cannot handle rtsp://***@camera/ir" in err
+    assert "KeyError: 'rtsp://***@camera/vis'" in err
+    assert "s3cret" not in out + err

@@ -11,6 +11,7 @@ import asyncio
 import ipaddress
 import json
 import logging
+import os
 import signal
 import struct
 import threading
@@ -219,8 +220,10 @@ class Viewer:
         try:
             await site.start()
         except OSError as error:
+            # asyncio's own text repeats the address.
+            reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
             raise ViewerError(
-                f"cannot serve the viewer on {self.host}:{self.port}: {error.strerror or error}: "
+                f"cannot serve the viewer on {self.host}:{self.port}: {reason}: "
                 "choose another viewer.port, or stop what uses this one"
             ) from None
         self.port = int(runner.addresses[0][1])
