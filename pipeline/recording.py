@@ -15,6 +15,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from calibration.rig import Rig
+from calibration.rig_file import load_rig
 from pipeline.config import FolderSource, RigConfig, StreamSource
 from pipeline.config import Source as AnySource
 from pipeline.errors import ConfigError, SourceError
@@ -104,6 +105,7 @@ def check_recordings(config: RigConfig) -> list[str]:
 
     Raises:
         SourceError: one that cannot be read, or two that cannot belong together as they are given.
+        ConfigError, CalibrationError: a calibration for another resolution, or that cannot be read.
     """
     sections = (config.infrared, config.visible)
     infos = [
@@ -118,6 +120,8 @@ def check_recordings(config: RigConfig) -> list[str]:
     if infos[0].rate_hz != infos[1].rate_hz:  # then pictures of one moment have different numbers
         infos = [replace(info, names=()) for info in infos]
     refuse_unlikely(*infos)
+    if config.registration.calibration:
+        refuse_other_size(load_rig(config.registration.calibration), *infos)
     return doubts(*infos)
 
 
@@ -133,7 +137,7 @@ def refuse_other_size(rig: Rig | None, infrared: RecordingInfo, visible: Recordi
             swapped = ", the other camera's size: are the two swapped?" if info.size == other.size else ":"
             raise ConfigError(
                 f"the calibration is for {model.size[0]}x{model.size[1]}, but the {camera} recording {info.path.name} "
-                f"has {info.size[0]}x{info.size[1]}{swapped} Give one of that size, or calibrate at this one"
+                f"has {info.size[0]}x{info.size[1]}{swapped} give one of that size, or calibrate at this one"
             )
 
 

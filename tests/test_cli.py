@@ -487,7 +487,7 @@ def test_run_refuses_recordings_before_it_starts_anything(
 
 
 @pytest.mark.usefixtures("stand_in")
-def test_replay_refuses_a_calibration_for_another_resolution_before_the_engine_is_built(
+def test_a_calibration_for_another_resolution_is_refused_before_the_engine_is_built(
     tmp_path: Path, monkeypatch, capsys
 ):
     from calibration.rig_file import save_rig
@@ -496,9 +496,16 @@ def test_replay_refuses_a_calibration_for_another_resolution_before_the_engine_i
 
     save_rig(true_rig(SyntheticSource(), SyntheticSource()), tmp_path / "rig.yaml")
     monkeypatch.setattr("pipeline.replay.engine_for", lambda _: pytest.fail("the engine was built"))
+    monkeypatch.setattr("pipeline.live.engine_for", lambda _: pytest.fail("the engine was built"))
     inputs = [str(write_video(tmp_path / "ir.mkv", colour=False)), str(write_video(tmp_path / "vis.mkv"))]
-    status, _, err = call(monkeypatch, capsys, "replay", *inputs, "--calibration", str(tmp_path / "rig.yaml"))
-    assert_one_clear_line(status, err, "640x480", "96x64")
+    recorded = RECORDED_RIG.format(kind="stream", key="url", infrared="ir.mkv", visible="vis.mkv")
+    (tmp_path / "recorded.yaml").write_text(recorded + "registration: {calibration: rig.yaml}\n")
+    for arguments in (
+        ["replay", *inputs, "--calibration", str(tmp_path / "rig.yaml")],
+        ["run", str(tmp_path / "recorded.yaml")],
+    ):
+        status, _, err = call(monkeypatch, capsys, *arguments)
+        assert_one_clear_line(status, err, "640x480", "96x64")
 
 
 def test_a_bug_of_ours_is_told_with_its_traceback_but_without_a_password(tmp_path: Path, monkeypatch, capsys):
