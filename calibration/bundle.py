@@ -308,6 +308,8 @@ def predicted_points(
 def pose_of(board: np.ndarray, points: np.ndarray, matrix: np.ndarray, distortion: np.ndarray) -> np.ndarray:
     """(6,) board -> camera: rotation vector and translation that fit the points (N, 2) best; NaN ones are left out."""
     known = np.isfinite(points).all(axis=1)
+    if known.sum() < 4:
+        return np.array([0, 0, 0, 0, 0, 1.0])
     object_points, pixels = board[known], np.ascontiguousarray(points[known])
     found, rotation, translation = cv2.solvePnP(object_points, pixels, matrix, distortion, flags=cv2.SOLVEPNP_IPPE)
     if not found or not np.isfinite(translation).all():
@@ -318,7 +320,17 @@ def pose_of(board: np.ndarray, points: np.ndarray, matrix: np.ndarray, distortio
 
 def project(board: np.ndarray, pose: np.ndarray, model: CameraModel) -> np.ndarray:
     """Pixels (N, 2) of board points (N, 3) under a pose (6,)."""
-    return cv2.projectPoints(board, pose[:3], pose[3:], model.matrix, model.distortion)[0].reshape(-1, 2)
+    points = board @ cv2.Rodrigues(pose[:3])[0].T + pose[3:]
+    return np.stack(model.project(points[:, 0] / points[:, 2], points[:, 1] / points[:, 2]), axis=1)
+
+
+def pose_seen(board: np.ndarray, points: np.ndarray, model: CameraModel) -> np.ndarray:
+    """`pose_of` for any lens: what it bends is made straight first."""
+    x, y, valid = model.rays(points[:, 0], points[:, 1])
+    straight = np.stack([x, y], axis=1) * model.matrix[0, 0]
+    straight[~valid] = np.nan
+    focal = np.diag([model.matrix[0, 0], model.matrix[0, 0], 1.0])
+    return pose_of(board, straight, focal, np.zeros(5))
 
 
 def transform(pose: np.ndarray) -> np.ndarray:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from calibration.rig import CalibrationError, CameraModel, Rig
+from calibration.rig import COEFFICIENTS, CalibrationError, CameraModel, Lens, Rig
 
 MAX_BYTES = 1 << 20
 _THERMAL = re.compile(
@@ -30,6 +30,14 @@ _THERMAL = re.compile(
 )
 _VISIBLE = re.compile(r"(?:^|[^a-z])(visible|vis|rgb|colou?r|bgr|mono|gr[ae]y|eo|vi)(?:[^a-z]|$)")
 _PLANE_M = 30.0
+_ROS_LENSES: dict[str, Lens] = {
+    "plumb_bob": "plumb_bob",
+    "none": "plumb_bob",
+    "": "plumb_bob",
+    "rational_polynomial": "rational_polynomial",
+    "equidistant": "equidistant",
+    "fisheye": "equidistant",
+}
 
 
 def is_foreign(document: dict[str, Any]) -> bool:
@@ -91,15 +99,17 @@ def camera_info(document: dict[str, Any]) -> CameraModel:
     values = _array(
         _either(document, "distortion_coefficients", "D", "d") or [0.0] * 5, None, "distortion_coefficients"
     )
-    if model not in ("plumb_bob", "none", "") and np.any(values):
-        raise CalibrationError(f"distortion_model {model!r} is not supported: calibrate with plumb_bob")
-    if values.size > 5 and np.any(values.ravel()[5:]):
-        raise CalibrationError("more than five distortion coefficients are not supported: calibrate with plumb_bob")
-    distortion = np.zeros(5)
-    distortion[: min(values.size, 5)] = values.ravel()[:5]
+    lens = _ROS_LENSES.get(str(model))
+    if lens is None and np.any(values):
+        raise CalibrationError(f"distortion_model {model!r} is not supported: calibrate with plumb_bob or equidistant")
+    lens = lens or "plumb_bob"
+    distortion = np.zeros(len(COEFFICIENTS[lens].split(", ")))
+    if np.any(values.ravel()[distortion.size :]):
+        raise CalibrationError(f"distortion_coefficients of {lens} are {COEFFICIENTS[lens]}, got {values.size} numbers")
+    distortion[: values.size] = values.ravel()[: distortion.size]
     if not matrix[0, 0] > 0:
         raise CalibrationError("camera_matrix is empty: this camera_info is of a camera that was not calibrated")
-    return CameraModel(width, height, matrix, distortion)
+    return CameraModel(width, height, matrix, distortion, lens)
 
 
 def _is_camchain(document: dict[str, Any]) -> bool:
@@ -166,24 +176,25 @@ def _kalibr_camera(section: dict[str, Any], name: str) -> CameraModel:
     model = section.get("camera_model", "pinhole")
     if model != "pinhole":
         raise CalibrationError(
-            f"{name}.camera_model {model!r} is not supported: calibrate with --models pinhole-radtan"
+            f"{name}.camera_model {model!r} is not supported: calibrate with --models pinhole-radtan or pinhole-equi"
         )
     lens = section.get("distortion_model", "radtan")
     values = _array(section.get("distortion_coeffs", [0.0] * 4), None, f"{name}.distortion_coeffs").ravel()
-    if lens not in ("radtan", "none") and np.any(values):
+    if lens not in ("radtan", "equidistant", "none") and np.any(values):
         raise CalibrationError(
-            f"{name}.distortion_model {lens!r} is not supported: calibrate with --models pinhole-radtan"
+            f"{name}.distortion_model {lens!r} is not supported: calibrate with --models pinhole-radtan or pinhole-equi"
         )
     if values.size not in (0, 4, 5):
-        raise CalibrationError(f"{name}.distortion_coeffs has {values.size} numbers: radtan has 4")
-    distortion = np.zeros(5)
-    distortion[: values.size] = values
+        raise CalibrationError(f"{name}.distortion_coeffs has {values.size} numbers: {lens} has 4")
+    ours: Lens = "equidistant" if lens == "equidistant" else "plumb_bob"
+    distortion = np.zeros(4 if ours == "equidistant" else 5)
+    distortion[: values.size] = values[: distortion.size]
     fx, fy, cx, cy = _array(section.get("intrinsics"), (4,), f"{name}.intrinsics")
     resolution = section.get("resolution")
     if not isinstance(resolution, list) or len(resolution) != 2:
         raise CalibrationError(f"{name}.resolution is [width, height] in pixels")
     width, height = (_whole(side, f"{name}.resolution") for side in resolution)
-    return CameraModel(width, height, np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]), distortion)
+    return CameraModel(width, height, np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]), distortion, ours)
 
 
 # --- ROS ---

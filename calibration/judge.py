@@ -71,7 +71,7 @@ def _residual(rig: Rig, board: np.ndarray, seen: np.ndarray, felt: np.ndarray, t
         visible = np.where(np.isfinite(seen), 0.0, np.nan)
     else:
         model = rig.visible
-        pose = bundle.pose_of(board, seen, model.matrix, model.distortion)
+        pose = bundle.pose_seen(board, seen, model)
         visible = seen - bundle.project(board, pose, model)
         moved = bundle.composed(pose, rig.infrared_from_visible)
         predicted = bundle.project(board, moved, rig.infrared)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from calibration.judge import Judgement
-from calibration.rig import CalibrationError, Rig
+from calibration.rig import COEFFICIENTS, CalibrationError, Rig
 from calibration.solve import DISTANCES_M, PARALLAX_M, Solution, distance_name, parallax
 from calibration.views import CELLS, BoardView, Detections, coverage, summary
 
@@ -200,7 +200,8 @@ def _camera(content: Content, camera: str) -> str:
             for name, value in zip(("fx", "fy", "cx", "cy"), (matrix[0, 0], matrix[1, 1], *matrix[:2, 2]), strict=True)
         ]
         cells += [f"{value:.4f}" for value in model.distortion]
-        lens = _table(("lens", "fx", "fy", "cx", "cy", "k1", "k2", "p1", "p2", "k3"), [("pixels", *cells)])
+        names = COEFFICIENTS[model.lens].split(", ")
+        lens = _table((model.lens, "fx", "fy", "cx", "cy", *names), [("pixels", *cells)])
     cells_seen = coverage([view for view, _ in shown], camera, model.size)
     rms = [math.sqrt(float(np.nanmean((item[camera] ** 2).sum(axis=1)))) for _, item in shown]
     return (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -19,9 +20,18 @@ class CalibrationError(Exception):
     """A calibration that cannot be used: says what, why and what to do."""
 
 
+Lens = Literal["plumb_bob", "rational_polynomial", "equidistant"]  # the names of ROS
+COEFFICIENTS: dict[Lens, str] = {
+    "plumb_bob": "k1, k2, p1, p2, k3",
+    "rational_polynomial": "k1, k2, p1, p2, k3, k4, k5, k6",
+    "equidistant": "k1, k2, k3, k4",
+}
+WIDEST_ANGLE = math.radians(89.0)  # from the axis; beyond, a picture plane in front of the camera shows nothing
+
+
 @dataclass(frozen=True, eq=False)
 class CameraModel:
-    """A pinhole camera with plumb-bob distortion (OpenCV's k1 k2 p1 p2 k3).
+    """A camera with one of OpenCV's lens models: plumb bob, rational, or equidistant (fisheye; pinhole-equi of Kalibr).
 
     Raises:
         CalibrationError: for a size, focal length or number that no camera has.
@@ -30,18 +40,25 @@ class CameraModel:
     width: int
     height: int
     matrix: np.ndarray  # (3, 3) float64, pixels
-    distortion: np.ndarray = field(default_factory=lambda: np.zeros(5))  # (5,)
+    distortion: np.ndarray = field(default_factory=lambda: np.zeros(0))  # as COEFFICIENTS names them; empty: none
+    lens: Lens = "plumb_bob"
 
     def __post_init__(self) -> None:
         for name in ("width", "height"):
             side = getattr(self, name)
             if not isinstance(side, int | np.integer) or isinstance(side, bool) or not 1 <= side <= MAX_SIDE_PX:
                 raise CalibrationError(f"a camera's {name} is 1 to {MAX_SIDE_PX} pixels, got {side!r}")
+        if self.lens not in COEFFICIENTS:
+            raise CalibrationError(f"a lens is one of {', '.join(COEFFICIENTS)}, got {self.lens!r}")
         matrix = _numbers(self.matrix, (3, 3), "the camera matrix")
+        names = COEFFICIENTS[self.lens]
+        count = len(names.split(", "))
         distortion = np.ravel(np.asarray(self.distortion, dtype=np.float64))
-        if distortion.size == 4:  # k3 left out
+        if not distortion.size:
+            distortion = np.zeros(count)
+        if self.lens == "plumb_bob" and distortion.size == 4:  # k3 left out
             distortion = np.append(distortion, 0.0)
-        distortion = _numbers(distortion, (5,), "the distortion (k1, k2, p1, p2, k3)")
+        distortion = _numbers(distortion, (count,), f"the distortion ({names})")
         if matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
             raise CalibrationError(f"focal lengths are positive, got fx = {matrix[0, 0]:g}, fy = {matrix[1, 1]:g}")
         if matrix[1, 0] or not np.array_equal(matrix[2], (0, 0, 1)):
@@ -55,12 +72,16 @@ class CameraModel:
 
     @property
     def widest_radius(self) -> float:
-        """Where the distortion polynomial turns back (tangent of the angle); beyond it the model means nothing."""
-        k1, k2, _, _, k3 = self.distortion
-        # d/dr of r (1 + k1 r^2 + k2 r^4 + k3 r^6), as a polynomial in r^2
-        roots = np.roots([7 * k3, 5 * k2, 3 * k1, 1.0])
-        turning = [root.real for root in roots if abs(root.imag) < 1e-9 and root.real > 0]
-        return math.sqrt(min(turning)) if turning else math.inf
+        """Where the lens model turns back (tangent of the angle); beyond it the model means nothing."""
+        if self.lens == "equidistant":
+            return math.tan(min(_first_root([9, 7, 5, 3], self.distortion[::-1]), WIDEST_ANGLE))
+        k1, k2, _, _, k3 = self.distortion[:5]
+        if self.lens == "plumb_bob":
+            return _first_root([7, 5, 3], (k3, k2, k1))
+        # r n(r^2) / d(r^2) turns where n d + 2 s (n' d - n d') = 0, s = r^2
+        above, below = np.poly1d([k3, k2, k1, 1.0]), np.poly1d([*self.distortion[:4:-1], 1.0])
+        bend = above * below + np.poly1d([2.0, 0.0]) * (above.deriv() * below - above * below.deriv())
+        return _least_positive_root(np.concatenate([bend.roots, below.roots]))
 
     def project(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Ideal image coordinates (X/Z, Y/Z) to distorted pixels."""
@@ -72,33 +93,72 @@ class CameraModel:
     def rays(self, column: np.ndarray, row: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Distorted pixels to ideal image coordinates (X/Z, Y/Z), and where that worked (bool).
 
-        Fixed-point iteration, then checked by projecting back to 0.01 px: strong distortion has corners without an
-        answer.
+        By iteration, then checked by projecting back to 0.01 px: strong distortion has corners without an answer.
         """
         fx, skew, cx = self.matrix[0]
         _, fy, cy = self.matrix[1]
         y_seen = (row - cy) / fy
         x_seen = (column - cx - skew * y_seen) / fx
-        x, y = x_seen, y_seen
         with np.errstate(all="ignore"):
-            for _ in range(50 if self.distortion.any() else 0):
-                x_distorted, y_distorted = self._distort(x, y)
-                x_error, y_error = x_distorted - x_seen, y_distorted - y_seen
-                x, y = x - x_error, y - y_error
-                if max(np.abs(x_error).max(), np.abs(y_error).max()) < 1e-9:
-                    break
+            undistort = self._undistort_fisheye if self.lens == "equidistant" else self._undistort
+            x, y = undistort(x_seen, y_seen)
             again_column, again_row = self.project(x, y)
             close = np.hypot(again_column - column, again_row - row) < 0.01
             return x, y, close & (x * x + y * y < self.widest_radius**2)
 
+    def _undistort(self, x_seen: np.ndarray, y_seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        x, y = x_seen, y_seen
+        for _ in range(50 if self.distortion.any() else 0):
+            x_distorted, y_distorted = self._distort(x, y)
+            x_error, y_error = x_distorted - x_seen, y_distorted - y_seen
+            x, y = x - x_error, y - y_error
+            if max(np.abs(x_error).max(), np.abs(y_error).max()) < 1e-9:
+                break
+        return x, y
+
+    def _undistort_fisheye(self, x_seen: np.ndarray, y_seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Newton's steps to the angle from the axis; in the plane of the picture the tangent would run away."""
+        seen = np.hypot(x_seen, y_seen)
+        k1, k2, k3, k4 = self.distortion
+        angle = np.minimum(seen, WIDEST_ANGLE)
+        for _ in range(20):
+            square = angle * angle
+            value = angle * (1 + square * (k1 + square * (k2 + square * (k3 + square * k4))))
+            slope = 1 + square * (3 * k1 + square * (5 * k2 + square * (7 * k3 + square * 9 * k4)))
+            angle = np.clip(angle - (value - seen) / slope, 0, WIDEST_ANGLE)
+        stretch = np.where(seen > 1e-12, np.tan(angle) / np.maximum(seen, 1e-12), 1.0)
+        return x_seen * stretch, y_seen * stretch
+
     def _distort(self, x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        k1, k2, p1, p2, k3 = self.distortion
         square = x * x + y * y
+        if self.lens == "equidistant":
+            k1, k2, k3, k4 = self.distortion
+            radius = np.sqrt(square)
+            angle = np.arctan(radius)
+            bent = angle * angle
+            bent = angle * (1 + bent * (k1 + bent * (k2 + bent * (k3 + bent * k4))))
+            stretch = np.where(radius > 1e-12, bent / np.maximum(radius, 1e-12), 1.0)
+            return x * stretch, y * stretch
+        k1, k2, p1, p2, k3 = self.distortion[:5]
         radial = 1 + square * (k1 + square * (k2 + square * k3))
+        if self.lens == "rational_polynomial":
+            k4, k5, k6 = self.distortion[5:]
+            radial = radial / (1 + square * (k4 + square * (k5 + square * k6)))
         return (
             x * radial + 2 * p1 * x * y + p2 * (square + 2 * x * x),
             y * radial + p1 * (square + 2 * y * y) + 2 * p2 * x * y,
         )
+
+
+def _first_root(factors: Sequence[float], coefficients: Sequence[float] | np.ndarray) -> float:
+    """Where 1 + 3 k1 r^2 + 5 k2 r^4 + ..., the slope of a radial polynomial, first becomes 0; inf: nowhere."""
+    slope = [factor * coefficient for factor, coefficient in zip(factors, coefficients, strict=True)]
+    return _least_positive_root(np.roots([*slope, 1.0]))
+
+
+def _least_positive_root(squares: np.ndarray) -> float:
+    turning = [root.real for root in squares if abs(root.imag) < 1e-9 and root.real > 0]
+    return math.sqrt(min(turning)) if turning else math.inf
 
 
 @dataclass(frozen=True, eq=False)

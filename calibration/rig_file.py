@@ -14,11 +14,10 @@ import numpy as np
 import yaml
 
 from calibration.foreign import folder_rig, foreign_rig, is_foreign
-from calibration.rig import CalibrationError, CameraModel, Rig
+from calibration.rig import COEFFICIENTS, CalibrationError, CameraModel, Lens, Rig
 
 FORMAT = "dspfusion-calibration/1"
 MAX_BYTES = 1 << 20
-_DISTORTION_MODELS = ("plumb_bob", "none")
 
 
 def load_rig(path: str | Path) -> Rig:
@@ -197,15 +196,17 @@ def _camera(cameras: dict[str, Any], name: str, only_homography: bool) -> Camera
         raise CalibrationError(f"{where}.intrinsics is [fx, fy, cx, cy] in pixels, got {_short(intrinsics)}")
     fx, fy, cx, cy = intrinsics
     distortion_model = section.get("distortion_model", "plumb_bob")
-    if distortion_model not in _DISTORTION_MODELS:
-        raise CalibrationError(
-            f"{where}.distortion_model is one of {_DISTORTION_MODELS}, got {_short(distortion_model)}"
-        )
-    distortion = section.get("distortion_coeffs") or [0.0] * 5
-    if not (_is_list(distortion, 4) or _is_list(distortion, 5)):
-        raise CalibrationError(f"{where}.distortion_coeffs is [k1, k2, p1, p2, k3], got {_short(distortion)}")
+    if distortion_model not in (*COEFFICIENTS, "none"):
+        known = ", ".join((*COEFFICIENTS, "none"))
+        raise CalibrationError(f"{where}.distortion_model is one of {known}, got {_short(distortion_model)}")
+    lens: Lens = "plumb_bob" if distortion_model == "none" else distortion_model
+    count = len(COEFFICIENTS[lens].split(", "))
+    distortion = section.get("distortion_coeffs") or [0.0] * count
+    if not (_is_list(distortion, count) or (lens == "plumb_bob" and _is_list(distortion, 4))):
+        raise CalibrationError(f"{where}.distortion_coeffs is [{COEFFICIENTS[lens]}], got {_short(distortion)}")
     try:
-        return CameraModel(width, height, np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], float), np.array(distortion))
+        matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], float)
+        return CameraModel(width, height, matrix, np.array(distortion), lens)
     except CalibrationError as error:
         raise CalibrationError(f"{where}: {error}") from None
     except (OverflowError, ValueError):
@@ -238,7 +239,7 @@ def _camera_document(camera: CameraModel) -> dict[str, Any]:
         "resolution": [camera.width, camera.height],
         "camera_model": "pinhole",
         "intrinsics": [float(value) for value in (matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2])],
-        "distortion_model": "plumb_bob",
+        "distortion_model": camera.lens,
         "distortion_coeffs": camera.distortion.tolist(),
     }
 

@@ -89,7 +89,7 @@ class Warp:
         visible, margin = self._rig.visible, self._margin
         matrix = visible.matrix.copy()
         matrix[:2, 2] += margin
-        larger = CameraModel(visible.width + 2 * margin, visible.height + 2 * margin, matrix, visible.distortion)
+        larger = replace(visible, width=visible.width + 2 * margin, height=visible.height + 2 * margin, matrix=matrix)
         homography = self._rig.homography
         if homography is not None:
             homography = np.array([[1, 0, margin], [0, 1, margin], [0, 0, 1]]) @ homography

@@ -83,6 +83,22 @@ def camera_info(model, name: str, **more) -> dict:
     }
 
 
+def test_fisheye_and_rational_lenses_of_kalibr_and_ros_are_taken_over(tmp_path):
+    bent = [-0.02, 0.01, -0.004, 0.0006]
+    chain = changed(distortion_model="equidistant", distortion_coeffs=bent)
+    infrared = load_rig(write(tmp_path / "chain.yaml", chain)).infrared
+    assert (infrared.lens, infrared.distortion.tolist()) == ("equidistant", bent)
+    eight = {"rows": 1, "cols": 8, "data": [0.9, 0.3, 0.0, 0.0, 0.02, 1.2, 0.45, 0.06]}
+    document = {
+        "visible": camera_info(TRUTH.visible, "v", distortion_model="rational_polynomial",
+                               distortion_coefficients=eight),
+        "thermal": camera_info(TRUTH.infrared, "t"),
+        "T_thermal_visible": TRUTH.infrared_from_visible.tolist(),
+    }  # fmt: skip
+    visible = load_rig(write(tmp_path / "pair.yaml", document)).visible
+    assert (visible.lens, visible.distortion.tolist()) == ("rational_polynomial", eight["data"])
+
+
 def test_two_camera_info_with_their_pose_are_a_calibration(tmp_path):
     write(tmp_path / "left.yaml", camera_info(TRUTH.visible, "rgb"))
     document = {
@@ -121,7 +137,7 @@ def changed(**changes) -> dict:
 @pytest.mark.parametrize(
     ("document", "says"),
     [
-        (changed(distortion_model="equidistant"), "pinhole-radtan"),
+        (changed(distortion_model="fov", distortion_coeffs=[0.9]), "pinhole-equi"),
         (changed(camera_model="omni"), "pinhole-radtan"),
         (changed(intrinsics=[1.0, float("nan"), 3, 4]), "not finite"),
         (changed(intrinsics=None), "intrinsics is missing"),
@@ -135,7 +151,7 @@ def changed(**changes) -> dict:
         (camera_info(TRUTH.visible, "rgb"), "of one camera"),
         ({"visible": "gone.yaml", "thermal": camera_info(TRUTH.infrared, "t")}, "gone.yaml"),
         ({"visible": camera_info(TRUTH.visible, "v"), "thermal": camera_info(TRUTH.infrared, "t")}, "T_thermal"),
-        ({"visible": camera_info(TRUTH.visible, "v", distortion_model="fisheye"),
+        ({"visible": camera_info(TRUTH.visible, "v", distortion_model="thin_prism"),
           "thermal": camera_info(TRUTH.infrared, "t")}, "plumb_bob"),
     ],
 )  # fmt: skip

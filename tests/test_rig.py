@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -77,6 +78,62 @@ def test_the_map_agrees_with_the_projection_of_both_cameras(plane_m):
     assert error.max() <= 0.2
     assert map_x.dtype == map_y.dtype == weight.dtype == np.float32
     assert map_x.shape == weight.shape == (240, 320)
+
+
+WIDE = {
+    "equidistant": CameraModel(320, 240, matrix(105, 320, 240), np.array([-0.02, 0.01, -0.004, 0.0006]), "equidistant"),
+    "rational_polynomial": CameraModel(
+        320, 240, matrix(170, 320, 240),
+        np.array([0.9, 0.3, 0.0007, -0.0004, 0.02, 1.2, 0.45, 0.06]), "rational_polynomial",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lens", WIDE)
+@pytest.mark.parametrize("of", ["visible", "infrared"])
+def test_wide_lenses_map_as_opencv_projects_through_them(lens, of):
+    one = rig(2.0, **{of: WIDE[lens]}) if of == "visible" else rig(2.0, infrared=WIDE[lens])
+    points = plane_points(2.0, spread=1.5 if of == "visible" else 0.55)
+    rotation = cv2.Rodrigues(one.infrared_from_visible[:3, :3])[0]
+
+    def pixels(model, turned, shift):
+        if model.lens == "equidistant":
+            return cv2.fisheye.projectPoints(points[None], turned, shift, model.matrix, model.distortion)[0][0]
+        return cv2.projectPoints(points, turned, shift, model.matrix, model.distortion)[0].reshape(-1, 2)
+
+    seen = pixels(one.visible, np.zeros((3, 1)), np.zeros((3, 1)))
+    felt = pixels(one.infrared, rotation, one.infrared_from_visible[:3, 3:].copy())
+    map_x, map_y, weight = infrared_map(one, feather_px=0)
+    common = inside(seen, one.visible.size) & inside(felt, one.infrared.size)
+    common &= look_up(weight, seen) == 1
+    assert common.sum() > 80
+    found = np.stack([look_up(map_x, seen[common]), look_up(map_y, seen[common])], axis=1)
+    assert np.linalg.norm(found - felt[common], axis=1).max() <= 0.2
+
+
+def test_a_fisheye_sees_to_its_edge_and_no_farther_than_a_plane_can_be_seen():
+    fisheye = WIDE["equidistant"]
+    row, column = np.mgrid[0:240, 0:320].astype(float)
+    x, y, valid = fisheye.rays(column, row)
+    assert valid[120, :310].all()  # 105 px/rad: 85 degrees to the left, and 89 at column 312 or so
+    assert np.degrees(np.arctan(np.hypot(x, y)[120, 2])) > 80
+    again = fisheye.project(x[valid], y[valid])
+    assert np.hypot(again[0] - column[valid], again[1] - row[valid]).max() < 0.01
+    wider = replace(fisheye, matrix=matrix(80, 320, 240))
+    assert not wider.rays(column, row)[2][120, 0]  # 114 degrees off the axis: behind the camera
+
+
+@pytest.mark.parametrize("lens", WIDE)
+def test_wide_lenses_survive_the_file(lens, tmp_path):
+    save_rig(rig(visible=WIDE[lens]), tmp_path / "rig.yaml")
+    again = load_rig(tmp_path / "rig.yaml").visible
+    assert again.lens == lens
+    assert np.array_equal(again.distortion, WIDE[lens].distortion)
+
+
+def test_coefficients_of_another_lens_are_refused():
+    with pytest.raises(CalibrationError, match="k1, k2, k3, k4"):
+        CameraModel(320, 240, np.eye(3), np.zeros(5), "equidistant")
 
 
 def test_a_plane_at_infinity_is_the_limit_of_far_planes():
@@ -315,7 +372,7 @@ def document(**changes) -> dict:
         ({"cameras__visible__intrinsics": [1, 10**400, 3, 4]}, "too large"),
         ({"cameras__visible__intrinsics": [0, 2, 3, 4]}, "cameras.visible: focal"),
         ({"cameras__visible__camera_model": "omni"}, "camera_model"),
-        ({"cameras__visible__distortion_model": "equidistant"}, "distortion_model"),
+        ({"cameras__visible__distortion_model": "thin_prism"}, "distortion_model"),
         ({"cameras__visible__distortion_coeffs": [1, 2]}, "distortion_coeffs"),
         ({"extrinsics": None}, "T_thermal_visible is missing"),
         ({"extrinsics__T_thermal_visible": [[1, 0], [0, 1]]}, "4 rows"),
