@@ -35,7 +35,7 @@ from pipeline.fuse import Begun, Fuse
 from pipeline.gain import InfraredGain
 from pipeline.publish import PublishContext, Publisher
 from pipeline.record import BackgroundVideo
-from pipeline.recording import inputs_of, refuse_overwriting
+from pipeline.recording import inputs_of, path_of, probe, refuse_overwriting
 from pipeline.register import Register
 from pipeline.sources.opening import open_source
 from pipeline.sync import Sync
@@ -47,6 +47,7 @@ INBOX_FRAMES = 8  # per camera: about a third of a second; more would only be la
 WAITING_PAIRS = 2  # one that is due and one behind it: a hiccup is caught up with, and latency stays bounded
 CORES_TO_TRACK = 4
 LAST_PICTURE_S = 0.5  # at the end, what is in the network may still be published
+VISIBLE_PATIENCE_NS = 3_000_000_000  # at the start: longer than a camera takes to send its first key frame
 IDLE_S = 0.05  # how often the flow looks up when no frame comes
 CAMERAS: tuple[Camera, Camera] = ("infrared", "visible")
 
@@ -290,6 +291,8 @@ class LivePipeline:
             pair = self._waiting.popleft()
             if self._warm:
                 self._begin(pair)
+            elif pair.visible is None and time.monotonic_ns() - self._started_ns < VISIBLE_PATIENCE_NS:
+                self._drop(pair, "starting")  # the network is compiled for the size of the visible picture
             else:
                 self._warm_up_with(pair)
         while self._running and self._running[0].begun.done:
@@ -532,9 +535,11 @@ def with_rig_offset(config: SyncConfig, register: Register) -> SyncConfig:
 
 
 def expected_size(config: RigConfig, register: Register) -> tuple[int, int] | None:
-    """(width, height) of the visible picture as far as calibration or configuration tell; None for network video."""
+    """(width, height) of the visible picture as calibration, recording or configuration tell; None of network video."""
     if register.rig is not None:
         return register.rig.visible.size
+    if (path := path_of(config.visible)) is not None:
+        return probe(path).size
     width, height = getattr(config.visible, "width", None), getattr(config.visible, "height", None)
     return (width, height) if width and height else None
 

@@ -88,11 +88,11 @@ def refuse_unless_there(path: Path) -> None:
 
 def inputs_of(config: RigConfig) -> list[str]:
     """The files and folders that a rig reads: recordings and calibration."""
-    paths = [config.registration.calibration, _path_of(config.infrared), _path_of(config.visible)]
+    paths = [config.registration.calibration, path_of(config.infrared), path_of(config.visible)]
     return [path for path in paths if path]
 
 
-def _path_of(section: AnySource) -> str | None:
+def path_of(section: AnySource) -> str | None:
     """Where a recording is; None for a camera."""
     if isinstance(section, FolderSource):
         return section.path
@@ -111,7 +111,7 @@ def check_recordings(config: RigConfig) -> list[str]:
     infos = [
         replace(probe(path), rate_hz=section.rate_hz) if isinstance(section, FolderSource) else probe(path)
         for section in sections
-        if (path := _path_of(section)) is not None
+        if (path := path_of(section)) is not None
     ]
     for info in infos:
         _refuse_empty(info)

@@ -14,13 +14,16 @@ import pytest
 from calibration.rig_file import save_rig
 from engines.base import EngineError
 from pipeline.client import Client
-from pipeline.config import RegistrationConfig, RigConfig
+from pipeline.config import RegistrationConfig, RigConfig, StreamSource
 from pipeline.errors import PublishError
-from pipeline.live import LivePipeline
+from pipeline.gain import InfraredGain
+from pipeline.live import LivePipeline, expected_size
+from pipeline.register import Register
 from pipeline.sources.opening import open_source
 from pipeline.sources.synthetic import true_rig
 from pipeline.telemetry import Distribution, Telemetry, write_report
 from tests.rigs.engines import MaximumEngine
+from tests.rigs.recordings import write_video
 
 
 def rig_config(**changes) -> RigConfig:
@@ -257,6 +260,38 @@ def test_the_engine_is_compiled_before_the_cameras_start_where_the_size_is_known
     report = LivePipeline(rig_config(), engine=CompilesAtFirst()).run(duration_s=2)
     assert "starting" not in report["dropped"].get("fuse", {})
     assert report["accounting"]["vis"]["dropped"].get("capture.handover", 0) == 0
+
+
+def test_the_size_of_a_recording_is_known_before_it_is_played(tmp_path: Path):
+    write_video(tmp_path / "vis.mkv", 5, size=(96, 64))
+    config = rig_config().model_copy(update={"visible": StreamSource(url=str(tmp_path / "vis.mkv"))})
+    assert expected_size(config, Register(config.registration, InfraredGain(config.gain))) == (96, 64)
+
+
+def test_a_lone_infrared_frame_at_the_start_does_not_have_the_network_compiled_for_its_own_size(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """An uncalibrated rig shows pictures of the visible camera's size, and that one sends a moment later."""
+    sizes = []
+
+    class Compiles(MaximumEngine):
+        def fuse(self, infrared, visible, priors):
+            sizes.append(visible.shape)
+            return super().fuse(infrared, visible, priors)
+
+    def late(section, camera):
+        source = open_source(section, camera)
+        if camera == "visible":
+            begin = source.open
+            monkeypatch.setattr(source, "open", lambda: (time.sleep(1), begin())[1])
+        return source
+
+    monkeypatch.setattr("pipeline.live.open_source", late)
+    monkeypatch.setattr("pipeline.live.expected_size", lambda *_: None)
+    report = LivePipeline(rig_config(infrared={"width": 160, "height": 128}), engine=Compiles()).run(duration_s=3)
+    assert set(sizes) == {(240, 320, 3)}
+    assert report["dropped"]["fuse"]["starting"] > 3
+    assert_every_frame_is_accounted_for(report)
 
 
 def test_a_port_in_use_is_one_clear_line_and_leaves_nothing_open():
