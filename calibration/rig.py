@@ -186,7 +186,9 @@ class Rig:
         if np.abs(rotation @ rotation.T - np.eye(3)).max() > ROTATION_TOLERANCE:
             raise CalibrationError("the rotation in infrared_from_visible is not orthonormal: calibrate the rig again")
         if np.linalg.det(rotation) < 0:
-            raise CalibrationError("the rotation in infrared_from_visible mirrors (its determinant is -1)")
+            raise CalibrationError(
+                "the rotation in infrared_from_visible mirrors (its determinant is -1): calibrate the rig again"
+            )
         if math.isnan(self.plane_distance_m) or self.plane_distance_m <= 0:
             raise CalibrationError(f"the reference plane is in front of the camera, got {self.plane_distance_m} m")
         if not math.isfinite(self.time_offset_ms):

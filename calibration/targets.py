@@ -580,7 +580,8 @@ def _why_not(grey: np.ndarray, board: Board) -> Refusal:
             return Refusal("blurred", "the board is there, but too blurred: focus the lens, hold it still")
     return Refusal(
         "absent",
-        f"no {board.kind} of {board.label} was found: is all of it in the picture, with the heat to be seen?",
+        f"no {board.kind} of {board.label} was found: is all of it in the picture, sharp, large enough, and its heat "
+        "(in infrared) to be seen?",
     )
 
 

@@ -54,7 +54,7 @@ def pair_up(infrared: Path, visible: Path, every_s: float = 0.5) -> Pairing:
             raise SourceError(f"{path} does not exist: check the path")
     if _is_stills(infrared) and _is_stills(visible):
         files = {"infrared": _files(infrared), "visible": _files(visible)}
-        _refuse_swapped(files["infrared"][0], files["visible"][0])
+        refuse_swapped_pictures(files["infrared"][0], files["visible"][0])
         return _pair_stills(files, both_files=not infrared.is_dir())
     infos = probe(infrared), probe(visible)
     refuse_unlikely(*infos)
@@ -137,7 +137,7 @@ def _moments_of(chosen: list[tuple[str, dict[str, Path]]]) -> Iterator[Moment]:
         yield Moment(name, images, {camera: image.dtype.itemsize * 8 for camera, image in images.items()})
 
 
-def _refuse_swapped(infrared: Path, visible: Path) -> None:
+def refuse_swapped_pictures(infrared: Path, visible: Path) -> None:
     """By colour, and by bits: no visible camera delivers sixteen beside an infrared one of eight."""
     from pipeline.recording import colour_of, refuse_swapped
 

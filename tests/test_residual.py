@@ -251,6 +251,13 @@ def test_check_takes_folders(tmp_path: Path):
     assert error_px(np.array(result["matrix"]), truth) < 0.3
 
 
+def test_check_refuses_pictures_that_were_given_the_wrong_way_round(tmp_path: Path):
+    infrared, visible = scene()
+    thermal, colour = write_pair(tmp_path, infrared.astype(np.uint16) * 50, visible)
+    with pytest.raises(SourceError, match="swapped"):
+        check_alignment(colour, thermal)
+
+
 def test_check_refuses_what_is_not_there(tmp_path: Path):
     with pytest.raises(SourceError, match=r"none\.png"):
         check_alignment(tmp_path / "none.png", tmp_path / "none.png")

@@ -108,12 +108,15 @@ def _aligned(infrared: Path, visible: Path, calibration: str | None) -> Iterator
 
 
 def _pairs(infrared: Path, visible: Path, register: Any) -> Iterator[FramePair]:
+    from pipeline.board_views import refuse_swapped_pictures
     from pipeline.still import list_pairs, read_pair
 
     named = _stills(infrared, visible)
     if named:
         step = -(-len(named) // MOST_PAIRS)
-        for thermal, colour, _ in list_pairs(infrared, visible, Path("."))[::step]:
+        pairs = list_pairs(infrared, visible, Path("."))
+        refuse_swapped_pictures(*pairs[0][:2])
+        for thermal, colour, _ in pairs[::step]:
             yield read_pair(thermal, colour)
         return
     yield from _pairs_in_time(infrared, visible, register)
