@@ -19,7 +19,7 @@ import numpy as np
 
 from calibration import bundle
 from calibration.bundle import LENS_MODELS, Adjusted, Problem, State, View
-from calibration.rig import CalibrationError, Rig
+from calibration.rig import CalibrationError, CameraModel, Rig
 from calibration.targets import Board, Detection, Refusal
 from calibration.views import BoardView, Detections, choose, coverage
 
@@ -37,6 +37,10 @@ UNSTEADY_FACTOR, UNSTEADY_PX = 4.0, 2.0  # error of the pair against that of eac
 AGREE_DEG = 4.0  # poses between the cameras, from one view each
 MAX_FOCAL_SIGMA = 0.05  # relative; beyond, the views do not determine the lens
 MAX_MAP_SIGMA_PX = 8.0
+WIDE_DEG = 50.0  # from the axis to a corner: what `calibrate solve` fits may not follow the lens...
+WIDE_HELDOUT_PX = 0.8  # ...and does not where left-out views are off by so much
+BLIND_SHARE = 0.02  # of a picture, without a ray
+OTHER_LENSES = "calibrate with Kalibr (--models pinhole-equi) or ROS (fisheye model), and give run and replay that file"
 UNEVEN_CELLS = 0.6  # share of the picture's cells that views should reach
 
 Progress = Callable[[str], None]
@@ -125,6 +129,7 @@ def solve(
     used = tuple(_as_board_view(view, detections) for view in problem.views)
     map_sigma = map_sigma_px(result, problem.sizes, np.random.default_rng(seed))
     _refuse_undetermined(result, map_sigma, problem)
+    _refuse_fisheye(rig, heldout)
     return Solution(
         rig=rig,
         board=board,
@@ -545,10 +550,11 @@ def map_of(rig: Rig, pixels: np.ndarray, distance_m: float) -> np.ndarray:
     """Infrared pixels (N, 2) of visible ones on the plane at a distance; NaN where there are none."""
     x, y, valid = rig.visible.rays(pixels[:, 0], pixels[:, 1])
     rays = np.stack([x, y, np.ones_like(x)], axis=1)
-    moved = rays @ rig.infrared_from_visible[:3, :3].T + rig.infrared_from_visible[:3, 3] / distance_m
-    ideal = moved[:, :2] / moved[:, 2:]
-    inside = valid & (moved[:, 2] > 0) & ((ideal**2).sum(axis=1) < rig.infrared.widest_radius**2)
-    there = np.stack(rig.infrared.project(ideal[:, 0], ideal[:, 1]), axis=1)
+    with np.errstate(all="ignore"):  # where there is no ray
+        moved = rays @ rig.infrared_from_visible[:3, :3].T + rig.infrared_from_visible[:3, 3] / distance_m
+        ideal = moved[:, :2] / moved[:, 2:]
+        inside = valid & (moved[:, 2] > 0) & ((ideal**2).sum(axis=1) < rig.infrared.widest_radius**2)
+        there = np.stack(rig.infrared.project(ideal[:, 0], ideal[:, 1]), axis=1)
     return np.where(inside[:, None], there, np.nan)
 
 
@@ -641,6 +647,24 @@ def _refuse_undetermined(result: Adjusted, map_sigma: dict[str, float], problem:
         raise CalibrationError(f"the map would be wrong by about {worst:.0f} px: {bundle.UNDETERMINED}")
 
 
+def _reach(model: CameraModel) -> tuple[float, float]:
+    """(degrees from the axis to the farthest corner, share of the picture that the lens model gives no ray for)."""
+    row, column = np.mgrid[0 : model.height : 25j, 0 : model.width : 33j]
+    x, y, valid = model.rays(column, row)
+    widest = float(np.hypot(x, y)[valid].max()) if valid.any() else 0.0
+    return math.degrees(math.atan(widest)), 1.0 - float(valid.mean())
+
+
+def _refuse_fisheye(rig: Rig, heldout: dict[str, float]) -> None:
+    for camera, model in (("visible", rig.visible), ("infrared", rig.infrared)):
+        angle_deg, _ = _reach(model)
+        if angle_deg > WIDE_DEG and heldout["rms"] > WIDE_HELDOUT_PX:
+            raise CalibrationError(
+                f"the {camera} camera sees {2 * angle_deg:.0f} degrees from corner to corner, and left-out views are "
+                f"off by {heldout['rms']:.1f} px: a fisheye lens is not followed by what is fitted here: {OTHER_LENSES}"
+            )
+
+
 def _warnings(
     views: tuple[BoardView, ...],
     detections: Detections,
@@ -659,6 +683,12 @@ def _warnings(
         if reached < UNEVEN_CELLS:
             lines.append(
                 f"views reach only {100 * reached:.0f} % of the {camera} picture: hold the board into its corners too"
+            )
+        angle_deg, blind = _reach(rig.visible if camera == "visible" else rig.infrared)
+        if blind > BLIND_SHARE:
+            lines.append(
+                f"the {camera} lens is so wide ({2 * angle_deg:.0f} degrees) that {100 * blind:.0f} % of its picture, "
+                f"in the corners, are left out: for all of it {OTHER_LENSES}"
             )
     if map_sigma["inf"] > 1.0:
         lines.append(

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from calibration.judge import judge, solve_plane
 from calibration.report import of_solution, render
-from calibration.rig import CalibrationError, Rig
+from calibration.rig import CalibrationError, CameraModel, Rig
 from calibration.rig_file import load_quality, load_rig, save_rig
 from calibration.solve import DISTANCES_M, Solution, distance_name, map_of, map_points, parallax, solve
 from calibration.targets import Board, Detection, Refusal
@@ -136,6 +136,29 @@ def test_a_board_that_was_never_tilted_is_refused():
     square_on = [pose for pose in random_poses(BOARD, 8, TRUTH, seed=2, distance_m=(1.0, 1.05), tilt_deg=0.5)]
     with pytest.raises(CalibrationError, match=r"tilted|no lens has"):
         solve(views_of(TRUTH, BOARD, square_on, noise_px=(0.4, 0.3)))
+
+
+def fisheye_rig(view_deg: float) -> Rig:
+    half = math.radians(view_deg / 2)
+    focal = 320 / (half * (1 - 0.03 * half**2))
+    matrix = np.array([[focal, 0, 319.5], [0, focal, 239.5], [0, 0, 1]])
+    lens = CameraModel(640, 480, matrix, np.array([-0.03, 0.002, 0, 0]), "equidistant")
+    return Rig(lens, lens, TRUTH.infrared_from_visible)
+
+
+def test_a_fisheye_that_the_model_does_not_follow_is_refused_with_what_to_do():
+    rig = fisheye_rig(130)
+    with pytest.raises(CalibrationError, match="pinhole-equi"):
+        solve(views_of(rig, BOARD, random_poses(BOARD, 20, rig, seed=5)))
+
+
+def test_a_wide_lens_is_calibrated_as_far_as_the_model_reaches_and_the_rest_is_said():
+    rig = fisheye_rig(90)
+    seen = views_of(rig, BOARD, random_poses(BOARD, 16, rig, seed=5))
+    solution = solve(seen)
+    assert solution.heldout_px["rms"] < 0.3
+    assert any("corners" in line for line in solution.warnings)
+    assert judge(rig, seen).transfer_px["rms"] < 0.2  # the true lens, given as a file
 
 
 def test_without_the_spacing_there_is_no_rig(seen):
