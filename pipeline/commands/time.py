@@ -28,13 +28,15 @@ def time(
     The offset is infrared time minus visible time of the same moment, at the recordings' beginning: what run and
     replay take off the infrared time. 30 s of irregular turning give it to a millisecond, two minutes the drift.
     """
-    from calibration.rig_file import save_timing
+    from calibration.rig_file import load_rig, save_timing
     from calibration.time_offset import NoSharedMotion
     from pipeline.clock_recordings import compare_recordings
     from pipeline.recording import probe, refuse_unlikely
     from pipeline.telemetry import write_report
     from pipeline.terminal import console, progress
 
+    if into is not None:
+        load_rig(into)  # a file that cannot be written into is better known before the measurement
     infos = probe(infrared), probe(visible)
     refuse_unlikely(*infos)
     with progress("motion") as (start, advance):
