@@ -100,8 +100,8 @@ class SyncConfig(Section):
     infrared_offset_ms: float = 0.0  # subtracted from the infrared capture time
     visible_offset_ms: float = 0.0  # subtracted from the visible capture time
     infrared_drift_ppm: float = Field(0.0, ge=-1000, le=1000)  # recordings: by how much the infrared clock runs fast
-    # Live: watch what is left of the offset, and take it off when it is certain. auto: where it does not cost latency.
-    track_offset: bool | Literal["auto"] = "auto"
+    # Live: watch what is left of the offset, and take it off when it is certain.
+    track_offset: bool = True
     hold_ms: float = Field(100.0, ge=0)  # an infrared frame may be used again up to this age, flagged "held"
 
 

@@ -45,7 +45,6 @@ log = logging.getLogger("dspfusion.live")
 
 INBOX_FRAMES = 8  # per camera: about a third of a second; more would only be late
 WAITING_PAIRS = 2  # one that is due and one behind it: a hiccup is caught up with, and latency stays bounded
-CORES_TO_TRACK = 4
 LAST_PICTURE_S = 0.5  # at the end, what is in the network may still be published
 VISIBLE_PATIENCE_NS = 3_000_000_000  # at the start: longer than a camera takes to send its first key frame
 IDLE_S = 0.05  # how often the flow looks up when no frame comes
@@ -166,7 +165,7 @@ class LivePipeline:
         sync = with_rig_offset(config.sync, self._register)
         self._sync = Sync(sync)
         self._clock: ClockWatch | None = None
-        if tracks_offset(config.sync):
+        if config.sync.track_offset:
             self._clock = ClockWatch(sync.infrared_offset_ms, sync.visible_offset_ms)
         self._inbox = Inbox()
         self._waiting: deque[FramePair] = deque()
@@ -509,17 +508,6 @@ class LivePipeline:
                 for reason, count in reasons.items():
                     self.telemetry.drop(stage, f"{camera}_{reason}", count)
                     self.telemetry.frame_dropped(camera, stage, reason, count)
-
-
-def tracks_offset(config: SyncConfig) -> bool:
-    """Whether the offset between the clocks is watched. It takes 1 ms of every frame of both cameras.
-
-    On two cores, which the network fills, that showed: capture to publish at 25 frames a second had a p95 of 69 to
-    113 ms with it and 58 ms without.
-    """
-    if config.track_offset == "auto":
-        return usable_cores() >= CORES_TO_TRACK
-    return config.track_offset
 
 
 def with_rig_offset(config: SyncConfig, register: Register) -> SyncConfig:
