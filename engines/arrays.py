@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import EngineDescription, EngineError, FusionEngine, Priors
+from engines.base import EngineDescription, EngineError, FusionEngine, PictureError, Priors
 from engines.cache import EngineCache
 from engines.dspfusion import variants
 
@@ -31,14 +31,14 @@ def checked_pair(infrared: Image, visible: Image) -> tuple[Image, Image]:
     """The pair, contiguous in memory.
 
     Raises:
-        ValueError: if it is no registered pair of uint8 pictures of at least 32 x 32 pixels.
+        PictureError: if it is no registered pair of uint8 pictures of at least 32 x 32 pixels.
     """
     if infrared.dtype != np.uint8 or visible.dtype != np.uint8:
-        raise ValueError(f"pictures must be uint8, got {infrared.dtype = } and {visible.dtype = }")
+        raise PictureError(f"pictures must be uint8, got {infrared.dtype = } and {visible.dtype = }")
     if infrared.ndim != 2 or visible.shape != (*infrared.shape, 3):
-        raise ValueError(f"need (H, W) and (H, W, 3), got {infrared.shape = } and {visible.shape = }")
+        raise PictureError(f"need (H, W) and (H, W, 3), got {infrared.shape = } and {visible.shape = }")
     if min(infrared.shape) < MINIMUM_PX:
-        raise ValueError(f"{infrared.shape = } is too small: both sides need at least {MINIMUM_PX} pixels")
+        raise PictureError(f"{infrared.shape = } is too small: give pictures of at least {MINIMUM_PX} pixels a side")
     return np.ascontiguousarray(infrared), np.ascontiguousarray(visible)
 
 

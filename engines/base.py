@@ -16,6 +16,10 @@ class EngineError(Exception):
     """A runtime that cannot serve here: says what, why and what to do."""
 
 
+class PictureError(EngineError, ValueError):
+    """Pictures that no runtime takes."""
+
+
 @dataclass(frozen=True)
 class Priors:
     """What the network knows about a scene as a whole; slowly varying, so estimated now and then."""
@@ -64,7 +68,7 @@ def fallbacks_of(engine: FusionEngine) -> list[str]:
 class FusionEngine(Protocol):
     """Runs the fusion network. `estimate_priors` and `fuse` may be called from several threads at once.
 
-    More than `description.at_once` calls of `fuse` wait for each other.
+    No more than `description.at_once` calls of `fuse` shall run at the same time.
     """
 
     description: EngineDescription

@@ -24,7 +24,7 @@ from pathlib import Path
 log = logging.getLogger("dspfusion.engines")
 
 MANIFEST = "manifest.json"
-ENTRIES_KEPT = 24  # the oldest go; nano takes 5 MB an entry, base 60 MB
+ENTRIES_KEPT = 48  # the oldest go; nano takes 5 MB an entry, base 60 MB
 BUILD_PATIENCE_S = 900.0  # for another process that builds the same engine; TensorRT takes minutes
 LEFTOVER_S = 86400.0  # what a killed build left behind is removed after a day
 _NEW, _LOCK = ".new-", ".lock-"

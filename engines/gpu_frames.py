@@ -50,6 +50,7 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 SIZES_KEPT = 4  # compiled sizes; the least recently added goes
 SLOTS = 2  # frames in flight
 WARM_UP_RUNS = 3  # before a graph is captured: libraries choose their kernels and allocate in the first runs
+CLOSE_PATIENCE_S = 1.0  # a compiler cannot be interrupted; what it makes is then left to it
 
 
 class InPrecision(nn.Module):
@@ -292,6 +293,7 @@ class GPUEngine(ABC):
         self.device = torch.device(device)
         self.cache = EngineCache() if cache is None else cache
         self._programs: dict[Size, _Programs] = {}
+        self._proofs: dict[str, float] = {}
         self._compiling = threading.Lock()
         self._closed = False
         self._warp: tuple[Warp, Size] | None = None
@@ -329,7 +331,10 @@ class GPUEngine(ABC):
             reference = PyTorchEngine(self._variant, self._weights, "fp32", diffusion_steps=self._diffusion_steps)
             return reference.fuse(infrared, visible, priors)
 
-        return proven(self, self.cache, self._key("proof", visible.shape[:2]), fused, ask_pytorch)
+        key = self._key("proof", visible.shape[:2])
+        if key not in self._proofs:
+            self._proofs[key] = proven(self, self.cache, key, fused, ask_pytorch)
+        return self._proofs[key]
 
     def warp_infrared(self, map_x: NDArray[np.float32] | None, map_y: NDArray[np.float32] | None, size: Size) -> None:
         """From now on `fuse` and `estimate_priors` take the infrared picture unregistered; it is warped on the device.
@@ -351,9 +356,10 @@ class GPUEngine(ABC):
 
     def close(self) -> None:
         """See `FusionEngine`."""
-        with self._compiling:
-            self._closed = True
+        self._closed = True  # whoever waits to compile is refused
+        if self._compiling.acquire(timeout=CLOSE_PATIENCE_S):
             self._programs = {}
+            self._compiling.release()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -43,6 +43,7 @@ from engines.cache import EngineCache, cache_key, processor_fingerprint, source_
 if TYPE_CHECKING:
     from engines.pytorch_engine import PyTorchEngine
 
+CLOSE_PATIENCE_S = 1.0  # a compiler cannot be interrupted; what it makes is then left to it
 SIZES_KEPT = 4  # compiled sizes; the least recently added goes
 GRAPHS = ("priors", "frame")
 HINTS = {"fp32": "f32", "bf16": "bf16"}
@@ -125,6 +126,7 @@ class OpenVINOEngine:
         self._compiled: dict[tuple[int, int], dict[str, _Program]] = {}
         self._compiling = threading.Lock()
         self._reference_network: PyTorchEngine | None = None
+        self._proofs: dict[str, float] = {}
         self._aside: list[tempfile.TemporaryDirectory[str]] = []
         self._closed = False
         self.description = EngineDescription(
@@ -133,7 +135,7 @@ class OpenVINOEngine:
             variant=variant,
             why=why,
             weights_sha256=weights_sha256(variant, weights),
-            threads=threads or default_threads(),
+            threads=threads or max(1, default_threads() // at_once),
             at_once=at_once,
         )
         self.psnr_db = self._verify()
@@ -164,19 +166,22 @@ class OpenVINOEngine:
             with _one_torch_thread():
                 return self._reference().fuse(infrared, visible, priors)
 
-        try:
-            key = self._key(f"proof in {self.description.precision}", infrared.shape)
-            return proven(self, self.cache, key, fused, ask_pytorch)
-        finally:
-            self._reference_network = None  # its memory
+        key = self._key(f"proof in {self.description.precision}", infrared.shape)
+        if key not in self._proofs:
+            try:
+                self._proofs[key] = proven(self, self.cache, key, fused, ask_pytorch)
+            finally:
+                self._reference_network = None  # its memory
+        return self._proofs[key]
 
     def close(self) -> None:
         """See `FusionEngine`."""
-        with self._compiling:
-            self._closed = True
+        self._closed = True  # whoever waits to compile is refused
+        if self._compiling.acquire(timeout=CLOSE_PATIENCE_S):
             self._compiled = {}
             while self._aside:
                 self._aside.pop().cleanup()
+            self._compiling.release()
 
     def _choose_precision(self, asked: str) -> Literal["fp32", "bf16"]:
         served = self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
@@ -304,13 +309,13 @@ class OpenVINOEngine:
         return model
 
     def _reference(self) -> PyTorchEngine:
-        if self._reference_network is None:
+        network = self._reference_network  # read once: it may be let go at any time
+        if network is None:
             from engines.pytorch_engine import PyTorchEngine
 
-            self._reference_network = PyTorchEngine(
-                self._variant, self._weights, "fp32", diffusion_steps=self._diffusion_steps
-            )
-        return self._reference_network
+            network = PyTorchEngine(self._variant, self._weights, "fp32", diffusion_steps=self._diffusion_steps)
+            self._reference_network = network
+        return network
 
     def _key(self, kind: str, size: tuple[int, ...]) -> str:
         # Precision is no part of what is built: it is chosen when the graph is compiled, at every start.

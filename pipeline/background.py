@@ -6,6 +6,7 @@ import contextlib
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeVar
@@ -37,11 +38,12 @@ class Workers:
         return future
 
     def close(self, timeout_s: float = 1.0) -> None:
-        """Ends the threads after the calls that were submitted; one that takes longer is left behind."""
+        """Ends the threads after the calls that were submitted; those that take longer are left behind."""
         for _ in self._threads:
             self._calls.put(None)
+        deadline = time.monotonic() + timeout_s
         for thread in self._threads:
-            thread.join(timeout_s)
+            thread.join(max(0.0, deadline - time.monotonic()))
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:

@@ -44,8 +44,8 @@ class DeviceSource(Section):
     kind: Literal["device"] = "device"
     path: str = "/dev/video0"
     pixel_format: str | None = None  # "gray16le" for Y16, "yuyv422", ...; None: the driver's own
-    width: int | None = Field(None, ge=16, le=8192)
-    height: int | None = Field(None, ge=16, le=8192)
+    width: int | None = Field(None, ge=32, le=8192)
+    height: int | None = Field(None, ge=32, le=8192)
     rate_hz: float | None = Field(None, gt=0, le=1000)
 
 

@@ -156,8 +156,8 @@ class Fuse:
         self._workers = Workers("fuse", engine.description.at_once) if background else None
         self._on_done = on_done
         self.index = first_index  # of the next frame
-        self.psnr_db: float | None = None  # of the engine's picture of the first pair against PyTorch's
-        self._proven = False
+        self.psnr_db: float | None = None  # of the engine's picture of the first pair of a size against PyTorch's
+        self._proven: set[tuple[int, ...]] = set()
 
     def __call__(self, aligned: AlignedPair) -> FusedFrame:
         """Fuses one pair. A missing camera is black to the network, which was trained to expect that.
@@ -179,9 +179,9 @@ class Fuse:
         """Waits for the picture and makes the frame of it; raises what the network raised."""
         infrared, visible, presence = begun.infrared, begun.visible, begun.presence
         image = begun.image.result() if begun.image else self._engine.fuse(infrared, visible, begun.priors)
-        if all(presence) and not self._proven:
+        if all(presence) and infrared.shape not in self._proven:
             self.psnr_db = self._engine.prove(infrared, visible, begun.priors, image)
-            self._proven = True
+            self._proven.add(infrared.shape)
         if all(presence) and begun.aligned.weight is not None:
             # Outside the infrared camera's view there is nothing to fuse: the visible picture fades in.
             image = cv2.blendLinear(image, visible, begun.aligned.weight, 1 - begun.aligned.weight)
@@ -210,8 +210,9 @@ class Fuse:
             infrared = np.zeros(visible.shape[:2], np.uint8)
         if visible is None:
             visible = np.zeros((*infrared.shape, 3), np.uint8)
-        index, self.index = self.index, self.index + 1
+        index = self.index
         priors = self.keeper.priors(infrared, visible, presence, index)
+        self.index += 1
         return Begun(aligned, infrared, visible, priors, index, self.keeper.age_frames(index), started)
 
 

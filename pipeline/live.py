@@ -15,8 +15,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from threading import Condition, Event
 from typing import Any
@@ -35,7 +35,7 @@ from pipeline.fuse import Begun, Fuse
 from pipeline.gain import InfraredGain
 from pipeline.publish import PublishContext, Publisher
 from pipeline.record import BackgroundVideo
-from pipeline.recording import inputs_of, path_of, probe, refuse_overwriting
+from pipeline.recording import inputs_of, path_of, picture_size, refuse_overwriting
 from pipeline.register import Register
 from pipeline.sources.opening import open_source
 from pipeline.sync import Sync
@@ -95,7 +95,7 @@ class _Running:
     aligned: AlignedPair
     started_ns: int
     registered_ns: int
-    begun: Begun
+    begun: Begun = field(init=False)
 
 
 class FrameLedger:
@@ -160,44 +160,47 @@ class LivePipeline:
         self.telemetry = Telemetry()
         self._stop = Event()
         self._on_fused = on_fused
-        self._gain = InfraredGain(config.gain)
-        self._register = Register(config.registration, self._gain, background=True)
-        sync = with_rig_offset(config.sync, self._register)
-        self._sync = Sync(sync)
-        self._clock: ClockWatch | None = None
-        if config.sync.track_offset:
-            self._clock = ClockWatch(sync.infrared_offset_ms, sync.visible_offset_ms)
+        self._warm = False
+        self.compiling = False  # the flow waits for the runtime, for seconds; nothing has been fused yet
+        self._shutting_down = False
+        self._started_ns = self._first_fused_ns = 0
+        self._captured: dict[str, int] = {}  # once all has ended
+        self._earlier_updates = self._earlier_failures = 0  # of the priors, with engines that were replaced
         self._inbox = Inbox()
         self._waiting: deque[FramePair] = deque()
         self._running: deque[_Running] = deque()  # in the network, oldest first
         self._finished_pair: FramePair | None = None  # the newest
         self._ledger = FrameLedger(self.telemetry)
-        sources = {
-            "infrared": open_source(config.infrared, "infrared"),
-            "visible": open_source(config.visible, "visible"),
-        }
-        sections = {"infrared": config.infrared, "visible": config.visible}
-        self._captures = {
-            camera: Capture(sources[camera], self._inbox.put, config.capture, recycle_s(sections[camera]))
-            for camera in CAMERAS
-        }
-        self._publisher = Publisher(config.publish, config.rig, health=self._health, on_published=self._published)
-        self._video: BackgroundVideo | None = None
-        try:
-            self._engine = engine or engine_for(for_frames(config.engine))
-            self._engine_sha = engine_sha256(self._engine)
-            self._fuse = self._new_fuse(0)
+        self._gain = InfraredGain(config.gain)
+        with ExitStack() as undo:
+            self._register = Register(config.registration, self._gain, background=True)
+            undo.callback(self._register.close)
+            sync = with_rig_offset(config.sync, self._register)
+            self._sync = Sync(sync)
+            self._clock: ClockWatch | None = None
+            if config.sync.track_offset:
+                self._clock = ClockWatch(sync.infrared_offset_ms, sync.visible_offset_ms)
+            sources = {
+                "infrared": open_source(config.infrared, "infrared"),
+                "visible": open_source(config.visible, "visible"),
+            }
+            sections = {"infrared": config.infrared, "visible": config.visible}
+            self._captures = {
+                camera: Capture(sources[camera], self._inbox.put, config.capture, recycle_s(sections[camera]))
+                for camera in CAMERAS
+            }
+            self._publisher = Publisher(config.publish, config.rig, health=self._health, on_published=self._published)
+            undo.callback(self._publisher.close)
+            self._video: BackgroundVideo | None = None
             if config.output.video:
                 rate_hz = getattr(config.visible, "rate_hz", None) or 25.0
                 self._video = BackgroundVideo(config.output.video, rate_hz)
-        except BaseException:
-            self._publisher.close()
-            raise
+                undo.callback(self._video.close)
+            self._engine = engine or engine_for(for_frames(config.engine))
+            self._engine_sha = engine_sha256(self._engine)
+            self._fuse = self._new_fuse(0)
+            undo.pop_all()
         self._note_fallbacks()
-        self._warm = False
-        self.compiling = False  # the flow waits for the runtime, for seconds; nothing has been fused yet
-        self._started_ns = 0
-        self._first_fused_ns = 0
 
     @property
     def endpoint(self) -> str:
@@ -237,11 +240,11 @@ class LivePipeline:
         """The report of the run so far; exact once the run has ended."""
         self._note_fallbacks()
         return self.telemetry.report(
-            {camera: self._captures[camera].captured for camera in CAMERAS},
+            self._captured or {camera: self._captures[camera].captured for camera in CAMERAS},
             engine=describe_engine(self._engine, self._fuse.psnr_db),
             priors={
-                "updates": self._fuse.keeper.updates,
-                "failures": self._fuse.keeper.failures,
+                "updates": self._earlier_updates + self._fuse.keeper.updates,
+                "failures": self._earlier_failures + self._fuse.keeper.failures,
                 "steps": self.config.engine.diffusion_steps,
             },
             registration=self._register.report(),
@@ -299,7 +302,8 @@ class LivePipeline:
 
     @property
     def _may_begin(self) -> bool:
-        return sum(not running.begun.done for running in self._running) < self._engine.description.at_once
+        at_once = self._engine.description.at_once  # beside them, one may be done and wait for its turn
+        return len(self._running) <= at_once and sum(not running.begun.done for running in self._running) < at_once
 
     def _patience_s(self) -> float:
         if self._waiting and self._may_begin:
@@ -314,7 +318,8 @@ class LivePipeline:
         self._warm = True
         with self._marked_as_compiling():
             aligned, now_ns = self._register(pair), time.monotonic_ns()
-            self._finished(_Running(pair, aligned, now_ns, now_ns, self._fuse.begin(aligned)))
+            self._finished(self._begun(_Running(pair, aligned, now_ns, now_ns)))
+        self._fuse.index = 0  # this picture is not published
         for frame in self._inbox.take(0):
             self._sync.add(frame, time.monotonic_ns())
         for late in [pair, *self._waiting, *self._sync.poll(time.monotonic_ns())]:
@@ -335,7 +340,7 @@ class LivePipeline:
         self._ledger.settle(pair, None)  # now, because pairs are settled in their order
         started_ns = time.monotonic_ns()
         aligned = self._register(pair)
-        self._running.append(_Running(pair, aligned, started_ns, time.monotonic_ns(), self._fuse.begin(aligned)))
+        self._running.append(self._begun(_Running(pair, aligned, started_ns, time.monotonic_ns())))
         if not self.telemetry.fused:  # a lone picture's size may be new
             with self._marked_as_compiling():
                 self._finish(self._running.popleft())
@@ -367,15 +372,34 @@ class LivePipeline:
         if self._on_fused is not None:
             self._on_fused(fused)
 
+    def _begun(self, running: _Running) -> _Running:
+        try:
+            running.begun = self._fuse.begin(running.aligned)
+        except Exception as error:
+            self._recover(error, [*self._running, running], self._fuse.index - len(self._running))
+        return running
+
     def _finished(self, running: _Running) -> FusedFrame:
         """The frame of a pair; an engine that fails in flight is replaced by a slower one, and that is reported."""
         while True:
             try:
                 return self._fuse.finish(running.begun)
             except Exception as error:
-                self._replace_engine(error)
-                for one in (running, *self._running):  # what runs on the engine that failed
-                    one.begun = self._fuse.begin(one.aligned)
+                if self._shutting_down:
+                    raise
+                self._recover(error, [running, *self._running], running.begun.index)
+
+    def _recover(self, error: Exception, lost: list[_Running], first_index: int) -> None:
+        """Replaces the engine, and begins again with what was in it. Raises the error where no runtime is left."""
+        while True:
+            self._replace_engine(error)
+            self._fuse.index = first_index
+            try:
+                for running in lost:
+                    running.begun = self._fuse.begin(running.aligned)
+                return
+            except Exception as another:
+                error = another
 
     def _fitting(self, pair: FramePair) -> FramePair | None:
         """What is of use of a pair when a camera comes back with another picture size: the rig stays on air.
@@ -410,6 +434,8 @@ class LivePipeline:
         self._note_fallbacks()
         reason = " ".join(str(error).split()) or type(error).__name__
         self._fuse.close()
+        self._earlier_updates += self._fuse.keeper.updates
+        self._earlier_failures += self._fuse.keeper.failures
         with suppress(Exception):
             self._engine.close()
         for runtime in ("openvino", "pytorch") if failed in ("tensorrt", "compile") else ("pytorch",):
@@ -480,8 +506,13 @@ class LivePipeline:
             capture.stop(timeout_s=0.6)
         for frame in self._inbox.take(0):
             self._sync.add(frame, time.monotonic_ns())
-        while self._running and self._running[0].begun.wait(LAST_PICTURE_S):
-            self._finish(self._running.popleft())
+        self._shutting_down = True
+        try:
+            while self._running and self._running[0].begun.wait(LAST_PICTURE_S):
+                self._finish(self._running[0])
+                self._running.popleft()
+        except Exception as error:
+            log.warning("the last picture is lost (%s)", error)
         self._ledger.withdraw([running.pair for running in self._running], self._finished_pair)
         self.telemetry.drop("fuse", "stopping", len(self._running))
         for pair in [*self._waiting, *self._sync.flush()]:
@@ -501,6 +532,9 @@ class LivePipeline:
         self._settle_counters()
 
     def _settle_counters(self) -> None:
+        for frame in self._inbox.take(0):  # of a camera that took longer to stop than it was waited for
+            self.telemetry.frame_dropped(frame.camera, "capture", "stopping")
+        self._captured = {camera: self._captures[camera].captured for camera in CAMERAS}
         for reason, count in self._publisher.statistics()["dropped"].items():
             self.telemetry.drop("publish", reason, count)
         for camera, capture in self._captures.items():
@@ -527,7 +561,7 @@ def expected_size(config: RigConfig, register: Register) -> tuple[int, int] | No
     if register.rig is not None:
         return register.rig.visible.size
     if (path := path_of(config.visible)) is not None:
-        return probe(path).size
+        return picture_size(path)
     width, height = getattr(config.visible, "width", None), getattr(config.visible, "height", None)
     return (width, height) if width and height else None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -16,6 +17,7 @@ from av.video.stream import VideoStream
 
 from calibration.rig import Rig
 from calibration.rig_file import load_rig
+from engines.arrays import MINIMUM_PX
 from pipeline.config import FolderSource, RigConfig, StreamSource
 from pipeline.config import Source as AnySource
 from pipeline.errors import ConfigError, SourceError
@@ -96,8 +98,8 @@ def path_of(section: AnySource) -> str | None:
     """Where a recording is; None for a camera."""
     if isinstance(section, FolderSource):
         return section.path
-    path = section.url.removeprefix("file://") if isinstance(section, StreamSource) else "://"
-    return None if "://" in path else path
+    scheme, _, rest = section.url.rpartition("://") if isinstance(section, StreamSource) else ("camera", "", "")
+    return os.path.expanduser(rest) if scheme.lower() in ("", "file") else None
 
 
 def check_recordings(config: RigConfig) -> list[str]:
@@ -229,6 +231,9 @@ def refuse_unlikely(infrared: RecordingInfo, visible: RecordingInfo) -> None:
 def _refuse_empty(info: RecordingInfo) -> None:
     if info.frames == 0:
         raise SourceError(f"{info.path} has no frames: give a recording with at least one picture")
+    if info.size is not None and min(info.size) < MINIMUM_PX:
+        width, height = info.size
+        raise SourceError(f"{info.path} is {width}x{height}: give pictures of at least {MINIMUM_PX} pixels a side")
 
 
 def _refuse_unmatched(infrared: RecordingInfo, visible: RecordingInfo) -> None:
@@ -250,6 +255,19 @@ def _probe_folder(path: Path) -> RecordingInfo:
     pictures = [read_image(images[index], "visible") for index in looked_at]
     names = tuple(image.stem for image in images)
     return RecordingInfo(path, len(images), None, colour_of(*pictures), size_of(*pictures), names)
+
+
+def picture_size(path: str) -> tuple[int, int] | None:
+    """(width, height) of a recording, from its first picture or its header; None where neither tells."""
+    if Path(path).is_dir():
+        images = image_files(Path(path), none_allowed=True)
+        return size_of(read_image(images[0], "visible")) if images else None
+    try:
+        with av.open(f"file:{path}", options={"protocol_whitelist": "file"}) as container:
+            codec = container.streams.video[0].codec_context
+            return (codec.width, codec.height) if codec.width and codec.height else None
+    except (av.FFmpegError, OSError, IndexError):
+        return None
 
 
 def size_of(*pictures: np.ndarray) -> tuple[int, int] | None:

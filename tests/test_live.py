@@ -100,7 +100,7 @@ def test_two_pictures_at_once_double_the_rate_and_keep_their_order():
 
     report = LivePipeline(rig_config(), engine=MaximumEngine(fuse_s=0.1, at_once=2), on_fused=note).run(duration_s=4)
     assert 12 <= report["fps"] <= 20.5
-    assert indices == list(range(indices[0], indices[0] + len(indices)))
+    assert indices == list(range(len(indices)))
     assert captured == sorted(captured)
     assert_every_frame_is_accounted_for(report)
 
@@ -113,8 +113,40 @@ def test_pictures_that_were_in_a_failed_engine_are_fused_by_its_successor_in_ord
     engine = MaximumEngine(fuse_s=0.05, fails_at=20, at_once=2)
     report = LivePipeline(rig_config(), engine=engine, on_fused=lambda f: indices.append(f.index)).run(duration_s=3)
     assert report["engine"]["runtime"] == "pytorch"
-    assert indices == sorted(set(indices))
+    assert indices == list(range(len(indices)))
     assert_every_frame_is_accounted_for(report)
+
+
+def test_an_engine_that_fails_at_the_first_priors_is_replaced(monkeypatch: pytest.MonkeyPatch):
+    """Network video: the first pair is the first that the runtime sees."""
+
+    class NoMemory(MaximumEngine):
+        def estimate_priors(self, infrared, visible):
+            raise EngineError("the GPU has no memory left")
+
+    spare = MaximumEngine()
+    spare.description = replace(spare.description, runtime="pytorch")
+    monkeypatch.setattr("pipeline.live.engine_for", lambda _: spare)
+    monkeypatch.setattr("pipeline.live.expected_size", lambda *_: None)
+    report = LivePipeline(rig_config(), engine=NoMemory()).run(duration_s=2)
+    assert report["engine"]["runtime"] == "pytorch"
+    assert any("no memory left" in line for line in report["fallbacks"])
+    assert report["fused"] > 10
+    assert_every_frame_is_accounted_for(report)
+
+
+def test_a_failure_with_pictures_in_the_network_leaves_nothing_open(tmp_path: Path):
+    def refuse(fused) -> None:
+        if fused.index == 8:
+            raise RuntimeError("the consumer broke")
+
+    engine = MaximumEngine(fuse_s=0.05, at_once=2)
+    config = rig_config(output={"video": str(tmp_path / "fused.mp4")})
+    with pytest.raises(RuntimeError, match="the consumer broke"):
+        LivePipeline(config, engine=engine, on_fused=refuse).run(duration_s=4)
+    assert engine.closed
+    assert [file.name for file in tmp_path.iterdir()] == ["fused.mp4"]
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith(("fuse-", "priors"))]
 
 
 def test_what_is_still_in_the_network_long_after_the_end_is_dropped_and_accounted_for():

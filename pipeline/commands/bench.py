@@ -44,11 +44,13 @@ def bench(
     """Time the engines of this machine: the network alone, and the live pipeline around it."""
     from engines.bench import bench as time_network
     from pipeline.live import engine_for
+    from pipeline.process import carry_frames
     from pipeline.telemetry import write_report
     from pipeline.terminal import console
 
     if what not in ("network", "pipeline", "both"):
         raise ConfigError(f"--what {what}: choose network, pipeline or both")
+    carry_frames()
     sizes = [size_of(text) for text in size or ["640x480"]]
     other = callable_of(against) if against else None
     result: dict[str, Any] = {"machine": machine(), "rows": []}
@@ -89,9 +91,7 @@ def pipeline_row(section: Any, size: Size, seconds: float, rate: float) -> dict[
     from engines.bench import resident_mb
     from pipeline.config import RigConfig
     from pipeline.live import LivePipeline
-    from pipeline.process import carry_frames
 
-    carry_frames()
     width, height = size
     camera = {"kind": "synthetic", "scene": "night", "width": width, "height": height, "rate_hz": rate}
     config = RigConfig.model_validate(

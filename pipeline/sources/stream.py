@@ -84,7 +84,10 @@ class StreamCamera(OpenedOnce):
 
     @property
     def unreadable(self) -> int:
-        """Frames of a recording that could not be read so far: damaged, or behind the place where it was cut off."""
+        """Frames of a recording that could not be read: damaged, or behind the place where it was cut off.
+
+        Known once its end was reached.
+        """
         return self._losses.frames
 
     @property
