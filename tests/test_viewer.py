@@ -299,7 +299,7 @@ def test_a_lost_camera_a_silent_rig_and_a_gone_viewer_never_look_live(page):
             assert "no signal" in text_of(page, '.tile[data-stream="ir"] .veil')
             assert "live" in page.locator('.tile[data-stream="fused"]').get_attribute("class")
             assert "absent" in text_of(page, "#facts")
-            assert "fused -> vis_only" in text_of(page, "#events")
+            page.wait_for_selector("#events :text('fused -> vis_only')")  # told beside the pictures, not with one
         page.wait_for_selector("#mode[data-mode=none]")  # no frames any more
         assert text_of(page, "#mode") == "no signal"
         assert text_of(page, "#latency") == "–"
