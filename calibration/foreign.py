@@ -103,9 +103,10 @@ def camera_info(document: dict[str, Any]) -> CameraModel:
     if lens is None and np.any(values):
         raise CalibrationError(f"distortion_model {model!r} is not supported: calibrate with plumb_bob or equidistant")
     lens = lens or "plumb_bob"
-    distortion = np.zeros(len(COEFFICIENTS[lens].split(", ")))
+    names = COEFFICIENTS[lens]
+    distortion = np.zeros(len(names))
     if np.any(values.ravel()[distortion.size :]):
-        raise CalibrationError(f"distortion_coefficients of {lens} are {COEFFICIENTS[lens]}, got {values.size} numbers")
+        raise CalibrationError(f"distortion_coefficients of {lens} are {', '.join(names)}, got {values.size} numbers")
     distortion[: values.size] = values.ravel()[: distortion.size]
     if not matrix[0, 0] > 0:
         raise CalibrationError("camera_matrix is empty: this camera_info is of a camera that was not calibrated")

@@ -200,8 +200,7 @@ def _camera(content: Content, camera: str) -> str:
             for name, value in zip(("fx", "fy", "cx", "cy"), (matrix[0, 0], matrix[1, 1], *matrix[:2, 2]), strict=True)
         ]
         cells += [f"{value:.4f}" for value in model.distortion]
-        names = COEFFICIENTS[model.lens].split(", ")
-        lens = _table((model.lens, "fx", "fy", "cx", "cy", *names), [("pixels", *cells)])
+        lens = _table((model.lens, "fx", "fy", "cx", "cy", *COEFFICIENTS[model.lens]), [("pixels", *cells)])
     cells_seen = coverage([view for view, _ in shown], camera, model.size)
     rms = [math.sqrt(float(np.nanmean((item[camera] ** 2).sum(axis=1)))) for _, item in shown]
     return (

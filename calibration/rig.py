@@ -21,10 +21,10 @@ class CalibrationError(Exception):
 
 
 Lens = Literal["plumb_bob", "rational_polynomial", "equidistant"]  # the names of ROS
-COEFFICIENTS: dict[Lens, str] = {
-    "plumb_bob": "k1, k2, p1, p2, k3",
-    "rational_polynomial": "k1, k2, p1, p2, k3, k4, k5, k6",
-    "equidistant": "k1, k2, k3, k4",
+COEFFICIENTS: dict[Lens, tuple[str, ...]] = {
+    "plumb_bob": ("k1", "k2", "p1", "p2", "k3"),
+    "rational_polynomial": ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6"),
+    "equidistant": ("k1", "k2", "k3", "k4"),
 }
 WIDEST_ANGLE = math.radians(89.0)  # from the axis; beyond, a picture plane in front of the camera shows nothing
 
@@ -52,13 +52,13 @@ class CameraModel:
             raise CalibrationError(f"a lens is one of {', '.join(COEFFICIENTS)}, got {self.lens!r}")
         matrix = _numbers(self.matrix, (3, 3), "the camera matrix")
         names = COEFFICIENTS[self.lens]
-        count = len(names.split(", "))
+        count = len(names)
         distortion = np.ravel(np.asarray(self.distortion, dtype=np.float64))
         if not distortion.size:
             distortion = np.zeros(count)
         if self.lens == "plumb_bob" and distortion.size == 4:  # k3 left out
             distortion = np.append(distortion, 0.0)
-        distortion = _numbers(distortion, (count,), f"the distortion ({names})")
+        distortion = _numbers(distortion, (count,), f"the distortion ({', '.join(names)})")
         if matrix[0, 0] <= 0 or matrix[1, 1] <= 0:
             raise CalibrationError(f"focal lengths are positive, got fx = {matrix[0, 0]:g}, fy = {matrix[1, 1]:g}")
         if matrix[1, 0] or not np.array_equal(matrix[2], (0, 0, 1)):

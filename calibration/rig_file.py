@@ -200,10 +200,11 @@ def _camera(cameras: dict[str, Any], name: str, only_homography: bool) -> Camera
         known = ", ".join((*COEFFICIENTS, "none"))
         raise CalibrationError(f"{where}.distortion_model is one of {known}, got {_short(distortion_model)}")
     lens: Lens = "plumb_bob" if distortion_model == "none" else distortion_model
-    count = len(COEFFICIENTS[lens].split(", "))
+    names = COEFFICIENTS[lens]
+    count = len(names)
     distortion = section.get("distortion_coeffs") or [0.0] * count
     if not (_is_list(distortion, count) or (lens == "plumb_bob" and _is_list(distortion, 4))):
-        raise CalibrationError(f"{where}.distortion_coeffs is [{COEFFICIENTS[lens]}], got {_short(distortion)}")
+        raise CalibrationError(f"{where}.distortion_coeffs is [{', '.join(names)}], got {_short(distortion)}")
     try:
         matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1]], float)
         return CameraModel(width, height, matrix, np.array(distortion), lens)

@@ -147,23 +147,42 @@ def refuse_unless_close(engine: FusionEngine, reference: Reference) -> float:
     return _within_tolerance(description, found.fused, reference.fused)
 
 
-def proven(
-    engine: FusionEngine, cache: EngineCache | None, key: str, fused: Image, ask_pytorch: Callable[[], Image]
-) -> float:
-    """The PSNR of a real fused picture against PyTorch's. It is found once, and then the cache holds it under `key`.
+class Proofs:
+    """The PSNR of an engine's real pictures against PyTorch's: each is found once, and then the cache holds it."""
 
-    Raises:
-        EngineError: if it lies outside of the tolerance of the engine's precision.
-    """
-    if cache is not None and (entry := cache.find(key)) is not None:
+    def __init__(self, cache: EngineCache | None) -> None:
+        self._cache = cache
+        self._found: dict[str, float] = {}  # also where nothing can be kept in the cache
+
+    def find(self, engine: FusionEngine, key: str, fused: Image, ask_pytorch: Callable[[], Image]) -> float:
+        """The proof of `key`: of now, or of when it was made.
+
+        Raises:
+            EngineError: if it lies outside of the tolerance of the engine's precision.
+        """
+        if key not in self._found:
+            psnr = self._cached(key)
+            if psnr is None:
+                psnr = min(PSNR_MOST_DB, _within_tolerance(engine.description, fused, ask_pytorch()))
+                self._keep(key, psnr)
+            self._found[key] = psnr
+        return self._found[key]
+
+    def _cached(self, key: str) -> float | None:
+        if self._cache is None or (entry := self._cache.find(key)) is None:
+            return None
         try:
             return float((entry / PROOF).read_text())
         except (OSError, ValueError) as error:
-            cache.report(f"entry {key[:8]} cannot be read and is made again ({last_line(error)})")
-    psnr = min(PSNR_MOST_DB, _within_tolerance(engine.description, fused, ask_pytorch()))
-    if cache is not None:
-        cache.store(key, lambda folder: (folder / PROOF).write_text(f"{psnr:.2f}"))  # type: ignore[arg-type,return-value]
-    return psnr
+            self._cache.report(f"entry {key[:8]} cannot be read and is made again ({last_line(error)})")
+            return None
+
+    def _keep(self, key: str, psnr: float) -> None:
+        def write(folder: Path) -> None:
+            (folder / PROOF).write_text(f"{psnr:.2f}")
+
+        if self._cache is not None:
+            self._cache.store(key, write)
 
 
 def _within_tolerance(description: EngineDescription, found: Image, expected: Image) -> float:

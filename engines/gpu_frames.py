@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from engines.arrays import (
     REFERENCE_SIZE,
     Image,
+    Proofs,
     Reference,
     checked_pair,
     checked_priors,
     last_line,
     priors_from,
-    proven,
     refuse_unless_close,
     shape_of,
     weights_sha256,
@@ -293,7 +293,7 @@ class GPUEngine(ABC):
         self.device = torch.device(device)
         self.cache = EngineCache() if cache is None else cache
         self._programs: dict[Size, _Programs] = {}
-        self._proofs: dict[str, float] = {}
+        self._proofs = Proofs(self.cache)
         self._compiling = threading.Lock()
         self._closed = False
         self._warp: tuple[Warp, Size] | None = None
@@ -331,10 +331,7 @@ class GPUEngine(ABC):
             reference = PyTorchEngine(self._variant, self._weights, "fp32", diffusion_steps=self._diffusion_steps)
             return reference.fuse(infrared, visible, priors)
 
-        key = self._key("proof", visible.shape[:2])
-        if key not in self._proofs:
-            self._proofs[key] = proven(self, self.cache, key, fused, ask_pytorch)
-        return self._proofs[key]
+        return self._proofs.find(self, self._key("proof", visible.shape[:2]), fused, ask_pytorch)
 
     def warp_infrared(self, map_x: NDArray[np.float32] | None, map_y: NDArray[np.float32] | None, size: Size) -> None:
         """From now on `fuse` and `estimate_priors` take the infrared picture unregistered; it is warped on the device.

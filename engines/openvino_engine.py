@@ -26,13 +26,13 @@ import numpy as np
 from engines.arrays import (
     REFERENCE_SIZE,
     Image,
+    Proofs,
     Reference,
     checked_pair,
     checked_priors,
     last_line,
     picture_of,
     priors_from,
-    proven,
     refuse_unless_close,
     shape_of,
     weights_sha256,
@@ -126,7 +126,7 @@ class OpenVINOEngine:
         self._compiled: dict[tuple[int, int], dict[str, _Program]] = {}
         self._compiling = threading.Lock()
         self._reference_network: PyTorchEngine | None = None
-        self._proofs: dict[str, float] = {}
+        self._proofs = Proofs(self.cache)
         self._aside: list[tempfile.TemporaryDirectory[str]] = []
         self._closed = False
         self.description = EngineDescription(
@@ -167,12 +167,10 @@ class OpenVINOEngine:
                 return self._reference().fuse(infrared, visible, priors)
 
         key = self._key(f"proof in {self.description.precision}", infrared.shape)
-        if key not in self._proofs:
-            try:
-                self._proofs[key] = proven(self, self.cache, key, fused, ask_pytorch)
-            finally:
-                self._reference_network = None  # its memory
-        return self._proofs[key]
+        try:
+            return self._proofs.find(self, key, fused, ask_pytorch)
+        finally:
+            self._reference_network = None  # its memory
 
     def close(self) -> None:
         """See `FusionEngine`."""

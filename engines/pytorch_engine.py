@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engines.arrays import Image, Reference, checked_pair, checked_priors, priors_from, proven, refuse_unless_close
+from engines.arrays import Image, Proofs, Reference, checked_pair, checked_priors, priors_from, refuse_unless_close
 from engines.base import EngineDescription, EngineError, Priors
 from engines.dspfusion.loading import load
 from engines.dspfusion.network import DSPFusion
@@ -97,6 +97,7 @@ class PyTorchEngine:
         self._token_widths = (network.variant.degradation_tokens, network.variant.semantic_tokens)
         self._frame, self._priors = FrameGraph(network), PriorGraph(network, diffusion_steps)
         self._bf16 = False
+        self._proofs = Proofs(None)
         self.description = EngineDescription(
             runtime="pytorch",
             precision="bf16" if precision == "bf16" else "fp32",
@@ -131,7 +132,7 @@ class PyTorchEngine:
             pair = checked_pair(infrared, visible)
             return self._run(self._frame, False, *pair, *checked_priors(priors, self._token_widths)).numpy()
 
-        return proven(self, None, "", fused, in_fp32)
+        return self._proofs.find(self, str(infrared.shape), fused, in_fp32)
 
     def close(self) -> None:
         """See `FusionEngine`."""

@@ -22,9 +22,8 @@ from types import FrameType
 from pipeline.terminal import console
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE_S = (
-    0.3  # for the main thread to notice; OpenVINO's converter keeps our thread waiting for up to 0.5 s before that
-)
+# For the main thread to notice. OpenVINO's converter keeps our thread waiting for up to 0.5 s before that.
+GRACE_S = 0.3
 LOOK_S = 0.1
 
 asked = Event()  # set by the first signal of this process that its main thread heard
