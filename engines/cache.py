@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 log = logging.getLogger("dspfusion.engines")
@@ -26,6 +26,7 @@ log = logging.getLogger("dspfusion.engines")
 MANIFEST = "manifest.json"
 ENTRIES_KEPT = 48  # the oldest go; nano takes 5 MB an entry, base 60 MB
 BUILD_PATIENCE_S = 900.0  # for another process that builds the same engine; TensorRT takes minutes
+SWAP_PATIENCE_S = 10.0  # for another one that looks at an entry or replaces it: milliseconds, on a slow disk a second
 LEFTOVER_S = 86400.0  # what a killed build left behind is removed after a day
 _NEW, _LOCK = ".new-", ".lock-"
 
@@ -135,7 +136,10 @@ class EngineCache:
 
         A damaged entry is removed. A foreign one is left where it is, and not read.
         """
-        entry = self.folder / key
+        with self._swapping():
+            return self._whole(self.folder / key)
+
+    def _whole(self, entry: Path) -> Path | None:
         try:
             if not entry.is_dir():
                 return None
@@ -150,9 +154,9 @@ class EngineCache:
             os.utime(entry)  # the oldest by use are removed first
             return entry
         except ForeignFileError as error:
-            self.report(f"entry {key[:8]} is not read ({error})")
+            self.report(f"entry {entry.name[:8]} is not read ({error})")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            self.report(f"entry {key[:8]} is damaged and is made again ({error})")
+            self.report(f"entry {entry.name[:8]} is damaged and is made again ({error})")
             shutil.rmtree(entry, ignore_errors=True)
         return None
 
@@ -170,17 +174,16 @@ class EngineCache:
             (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
             (aside / MANIFEST).chmod(0o600)
             entry = self.folder / key
-            if entry.exists():
-                refuse_foreign(entry)
-                shutil.rmtree(entry, ignore_errors=True)
-            aside.rename(entry)
-            self._prune()
+            with self._swapping():
+                if entry.exists():
+                    refuse_foreign(entry)
+                    shutil.rmtree(entry, ignore_errors=True)
+                aside.rename(entry)
+                self._prune()
             return entry
         except ForeignFileError as error:
             self.report(f"{self.folder} is not used ({error})")
         except (OSError, RuntimeError) as error:
-            if aside is not None and (self.folder / key / MANIFEST).is_file():
-                return self.find(key)  # another process was faster
             self.report(f"{self.folder} cannot be written ({error})")
         finally:
             if aside is not None:
@@ -206,6 +209,13 @@ class EngineCache:
         if first:
             log.warning("engine cache: %s; starts are slower until this is mended", fault)
 
+    def _swapping(self) -> AbstractContextManager[bool]:
+        """Held while an entry is looked at or changes places: a folder cannot be replaced in one step.
+
+        The lock is the folder's own, so that a cache that may only be read needs no file for it.
+        """
+        return _locked(self.folder if self.folder.is_dir() else None, SWAP_PATIENCE_S)
+
     def _lock_file(self, key: str) -> Path | None:
         try:
             return private_folder(self.folder) / f"{_LOCK}{key}"
@@ -230,7 +240,7 @@ class EngineCache:
 
 @contextmanager
 def _locked(path: Path | None, patience_s: float) -> Iterator[bool]:
-    """Holds an exclusive lock on a file; False if it was not to be had. The system frees it when a process dies."""
+    """Holds an exclusive lock on a file or folder; False if it was not to be had. The system frees it when a process dies."""
     try:
         import fcntl
     except ImportError:  # Windows: engines are built twice there at worst
@@ -240,7 +250,8 @@ def _locked(path: Path | None, patience_s: float) -> Iterator[bool]:
         yield True
         return
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        access = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+        descriptor = os.open(path, access | os.O_CLOEXEC, 0o600)
     except OSError:
         yield False
         return
@@ -253,7 +264,7 @@ def _locked(path: Path | None, patience_s: float) -> Iterator[bool]:
             except OSError:
                 if time.monotonic() >= deadline:
                     break
-                time.sleep(0.05)
+                time.sleep(0.01)
         yield alone
     finally:
         os.close(descriptor)

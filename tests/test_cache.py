@@ -200,14 +200,23 @@ def test_a_lock_is_free_again_when_its_process_was_killed(tmp_path):
         assert len(cache.faults) == 1
 
 
-def test_two_threads_that_store_one_key_leave_one_whole_entry(cache):
-    threads = [threading.Thread(target=store, args=(cache, "key", "an engine")) for _ in range(4)]
+def test_threads_that_store_and_read_one_key_never_meet_half_an_entry(cache):
+    store(cache, "key")
+    found: list[Path | None] = []
+
+    def both() -> None:
+        for _ in range(20):
+            store(cache, "key")
+            found.append(cache.find("key"))
+
+    threads = [threading.Thread(target=both) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
-    assert cache.find("key") is not None
+        thread.join(60)
+    assert found == [cache.folder / "key"] * 120
     assert cache.faults == []
+    assert [path.name for path in cache.folder.iterdir()] == ["key"]
 
 
 def test_the_folder_is_where_the_user_says(monkeypatch, tmp_path):
