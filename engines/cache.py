@@ -136,6 +136,8 @@ class EngineCache:
 
         A damaged entry is removed. A foreign one is left where it is, and not read.
         """
+        if not os.path.isdir(self.folder):  # unlike Path, this raises nothing where a folder above may not be entered
+            return None
         with self._swapping():
             return self._whole(self.folder / key)
 
@@ -214,7 +216,7 @@ class EngineCache:
 
         The lock is the folder's own, so that a cache that may only be read needs no file for it.
         """
-        return _locked(self.folder if self.folder.is_dir() else None, SWAP_PATIENCE_S)
+        return _locked(self.folder, SWAP_PATIENCE_S)
 
     def _lock_file(self, key: str) -> Path | None:
         try:
@@ -240,7 +242,7 @@ class EngineCache:
 
 @contextmanager
 def _locked(path: Path | None, patience_s: float) -> Iterator[bool]:
-    """Holds an exclusive lock on a file or folder; False if it was not to be had. The system frees it when a process dies."""
+    """Holds an exclusive lock on a file or folder; False if it was not to be had. A process that dies frees it."""
     try:
         import fcntl
     except ImportError:  # Windows: engines are built twice there at worst
@@ -261,10 +263,12 @@ def _locked(path: Path | None, patience_s: float) -> Iterator[bool]:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 alone = True
-            except OSError:
+            except BlockingIOError:
                 if time.monotonic() >= deadline:
                     break
                 time.sleep(0.01)
+            except OSError:  # a network disk that locks no folders: waiting would not help
+                break
         yield alone
     finally:
         os.close(descriptor)

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -39,8 +40,8 @@ log = logging.getLogger(__name__)
 
 HEALTH_PERIOD_S = 1.0
 POLL_S = 0.02  # how long a new subscription may wait for the thread to notice it
-SLOW_SUBSCRIBER_S = 2.0  # lossless: so long a full subscriber may hold the replay back, then it loses the message
-FLUSH_MS = 200  # at an orderly end, for the last messages; a stopped subscriber costs us this and no more
+SLOW_SUBSCRIBER_S = 2.0  # lossless: how long a full subscriber may hold the replay or its end back, then it has gaps
+FLUSH_S = 0.2  # at an orderly end, for the last messages; a stopped subscriber costs us this and no more
 COPY_BELOW_BYTES = 64 << 10  # below, handing ZeroMQ a reference costs more than the copy (pyzmq issue 1032)
 MAX_SUBSCRIPTIONS = 4096  # prefixes remembered; beyond, somebody is playing
 
@@ -233,8 +234,7 @@ class Publisher:
         try:
             self._handover.put(work)
         except HandoverClosed:
-            with self._lock:
-                self._dropped["closed"] += 1
+            self._count_closed()
 
     def event(self, kind: str, text: str, **details: Any) -> None:
         """Tells subscribers of `event` that something happened. Never waits."""
@@ -276,7 +276,10 @@ class Publisher:
             }
 
     def close(self) -> None:
-        """Sends `stopping`, and closes within 0.5 s. Lossless: first sends what waits, for at most 5 s."""
+        """Sends `stopping`, and closes within 0.5 s; what waits longer is counted as dropped.
+
+        Lossless: first sends what waits, for at most 5 s, and waits for full subscribers as during the replay.
+        """
         with self._lock:
             if self._closed:
                 return
@@ -286,16 +289,35 @@ class Publisher:
         self._thread.join(timeout=5.0 if self._lossless else 0.2)
         self._stopping.set()
         self._thread.join(timeout=1.0)
+        with suppress(HandoverClosed, TimeoutError):
+            while self._handover.take(0) is not None:  # there was no time for it
+                self._count_closed()
         if self._authenticator is not None:
             self._authenticator.stop()
         if self._zmq is not None:
             self._zmq.term()
 
+    def _count_closed(self) -> None:
+        with self._lock:
+            self._dropped["closed"] += 1
+
     # -- the publisher's thread -------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        next_health = time.monotonic()
         try:
+            self._serve()
+            self._read_subscriptions()
+            self._send_events()  # the last one says that this is the end
+        except Exception:
+            log.exception("the publisher's thread ended")
+        finally:
+            if self._socket is not None:
+                self._socket.close(linger=round(1000 * (SLOW_SUBSCRIBER_S if self._lossless else FLUSH_S)))
+
+    def _serve(self) -> None:
+        """Until the hand-over is closed and empty, or there is no time left for what waits."""
+        next_health = time.monotonic()
+        with suppress(HandoverClosed):
             while not self._stopping.is_set():
                 work = self._next_work()
                 self._read_subscriptions()
@@ -311,14 +333,6 @@ class Publisher:
                 elif self._fresh_subscriptions:
                     self._welcome()
                 self._fresh_subscriptions.clear()
-        except HandoverClosed:
-            self._read_subscriptions()
-            self._send_events()
-        except Exception:
-            log.exception("the publisher's thread ended")
-        finally:
-            if self._socket is not None:
-                self._socket.close(linger=FLUSH_MS)
 
     def _next_work(self) -> _Work | None:
         try:

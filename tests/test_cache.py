@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import subprocess
@@ -200,7 +201,8 @@ def test_a_lock_is_free_again_when_its_process_was_killed(tmp_path):
         assert len(cache.faults) == 1
 
 
-def test_threads_that_store_and_read_one_key_never_meet_half_an_entry(cache):
+def test_threads_that_store_and_read_one_key_never_meet_half_an_entry(cache, monkeypatch):
+    monkeypatch.setattr(cache_module, "SWAP_PATIENCE_S", 60.0)  # a slow disk is not what this is about
     store(cache, "key")
     found: list[Path | None] = []
 
@@ -217,6 +219,18 @@ def test_threads_that_store_and_read_one_key_never_meet_half_an_entry(cache):
     assert found == [cache.folder / "key"] * 120
     assert cache.faults == []
     assert [path.name for path in cache.folder.iterdir()] == ["key"]
+
+
+def test_where_the_disk_locks_nothing_nobody_waits_for_the_lock(cache, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EBADF, "Bad file descriptor")  # what a network disk says of a folder
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    monkeypatch.setattr(cache_module, "SWAP_PATIENCE_S", 3600.0)
+    entry = store(cache)
+    assert cache.find("key") == entry
+    with cache.building("key", patience_s=3600.0):
+        assert len(cache.faults) == 1
 
 
 def test_the_folder_is_where_the_user_says(monkeypatch, tmp_path):

@@ -116,8 +116,8 @@ def test_only_the_subscribed_stream_and_codec_are_encoded():
     with publishing() as publisher, feeding(publisher):
         with Client(publisher.endpoint, "car", "vis", "jpeg") as client:
             client.latest(5)
-        sent = publisher.statistics()["sent"]
-        assert {name for name in sent if not name.endswith("/msg")} == {"vis/jpeg"}
+        wait_until(lambda: publisher.statistics()["sent"])  # it is counted a moment after it was sent
+        assert {name for name in publisher.statistics()["sent"] if not name.endswith("/msg")} == {"vis/jpeg"}
         assert "raw" not in publisher.statistics()["encoded"]
 
 
@@ -147,7 +147,7 @@ def test_streams_that_the_configuration_leaves_out_are_not_published():
 
 def test_every_frame_is_published_or_counted_as_dropped():
     blocked = threading.Event()
-    with publishing(on_published=lambda fused, sent_ns: blocked.wait(2)) as publisher:
+    with publishing(on_published=lambda fused, sent_ns: blocked.wait(30)) as publisher:
         publisher.publish(fused_frame(0))
         wait_until(lambda: publisher.statistics()["published"] == 1)  # and its thread is held in the callback
         for index in range(1, 10):
@@ -167,7 +167,14 @@ def test_a_dropped_frame_is_a_gap_in_the_sequence():
         for index in range(1, 30):
             publisher.publish(fused_frame(index))
         wait_until(lambda: settled(publisher) == 30)
-        wait_until(lambda: client.received + client.gaps == 30)
+
+        def told() -> bool:
+            if client.received + client.gaps == publisher.statistics()["accepted"]:
+                return True
+            publisher.publish(fused_frame(30))  # what was lost last shows in the message after it
+            return False
+
+        wait_until(told)
         assert client.gaps >= publisher.statistics()["dropped"].get("replaced", 0)
 
 
@@ -178,7 +185,7 @@ def test_the_hook_hears_of_every_published_frame_and_when_it_was_sent():
         publisher.publish(fused_frame(5))
         wait_until(lambda: heard)
     assert heard[0][0] == 5
-    assert before_ns < heard[0][1] < before_ns + 2 * SECOND
+    assert before_ns < heard[0][1] < time.monotonic_ns()
 
 
 def test_an_empty_endpoint_publishes_nothing_and_counts_all_the_same():
@@ -193,10 +200,12 @@ def test_one_bad_frame_does_not_end_the_stream():
         if fused.index == 0:
             raise RuntimeError("a consumer's mistake")
 
-    with publishing(on_published=fail_on_the_first) as publisher, feeding(publisher):
-        with Client(publisher.endpoint, "car") as client:
+    with publishing(on_published=fail_on_the_first) as publisher:
+        publisher.publish(fused_frame(0))
+        wait_until(lambda: publisher.statistics()["dropped"] == {"error": 1})
+        with feeding(publisher, lambda i: fused_frame(i + 1)), Client(publisher.endpoint, "car") as client:
             assert client.latest(5).header.mode == "fused"
-        assert publisher.statistics()["dropped"].get("error") == 1
+        assert publisher.statistics()["dropped"]["error"] == 1
 
 
 def test_a_replay_waits_and_sends_every_frame_to_a_slow_reader():
@@ -210,7 +219,7 @@ def test_a_replay_waits_and_sends_every_frame_to_a_slow_reader():
         thread = threading.Thread(target=replay)
         thread.start()
         received = []
-        for message in client.all(3):
+        for message in client.all(10):
             received.append(message.header.sequence)
             time.sleep(0.01)
             if len(received) == 60:
@@ -218,7 +227,7 @@ def test_a_replay_waits_and_sends_every_frame_to_a_slow_reader():
         thread.join(timeout=5)
         assert received == list(range(60))
         assert client.gaps == 0
-        assert publisher.statistics()["published"] == 60
+        wait_until(lambda: publisher.statistics()["published"] == 60)
 
 
 # -- health and events --------------------------------------------------------------------------------------------
@@ -227,8 +236,8 @@ def test_a_replay_waits_and_sends_every_frame_to_a_slow_reader():
 def test_health_comes_every_second_even_without_frames():
     state = {"cameras": {"infrared": {"state": "stalled"}}, "config_sha": "12ab"}
     with publishing(health=lambda: state) as publisher, Client(publisher.endpoint, "car", "health") as client:
-        first, second = (client.latest(3) for _ in range(2))
-        assert second.header.published_ns - first.header.published_ns < 1.5 * SECOND
+        first, second = (client.latest(10) for _ in range(2))
+        assert second.header.published_ns - first.header.published_ns < 3 * SECOND  # 1, and some for a busy machine
         told = second.data()
     assert told["cameras"] == {"infrared": {"state": "stalled"}}
     assert told["details"] == {"config_sha": "12ab"}
@@ -240,7 +249,7 @@ def test_health_goes_on_when_the_cameras_cannot_tell_how_they_are():
         raise RuntimeError("no idea")
 
     with publishing(health=broken) as publisher, Client(publisher.endpoint, "car", "health") as client:
-        assert client.latest(3).data()["details"] == {"error": "no idea"}
+        assert client.latest(10).data()["details"] == {"error": "no idea"}
 
 
 def test_a_change_of_mode_is_an_event_and_so_is_the_end():
@@ -250,14 +259,18 @@ def test_a_change_of_mode_is_an_event_and_so_is_the_end():
         publisher.publish(fused_frame(1, mode="vis_only"))
         wait_until(lambda: publisher.statistics()["sent"].get("event/msg", 0) >= 1)
         publisher.close()
-        events = [message.data() for message in client.all(0.5)]
+        events = []
+        for message in client.all(10):
+            events.append(message.data())
+            if events[-1]["kind"] == "stopping":
+                break
     told = [(event["kind"], event["text"]) for event in events if event["kind"] != "started"]
     assert told == [("mode", "fused -> vis_only"), ("stopping", "rig car stops publishing")]
 
 
 def test_the_schema_is_published():
     with publishing() as publisher, Client(publisher.endpoint, "car", "schema") as client:
-        assert client.latest(3).data() == messages.json_schema()
+        assert client.latest(10).data() == messages.json_schema()
 
 
 # -- endpoints and keys -------------------------------------------------------------------------------------------
@@ -398,9 +411,8 @@ def test_a_hostile_subscription_harms_nobody_else(length):
             subscription = b"\1" + b"x" * length
             hostile.sendall(b"\x02" + struct.pack(">Q", len(subscription)) + subscription)
             time.sleep(0.2)
-        time.sleep(0.2)
         assert client.latest(5).header.mode == "fused"
-        assert all(len(prefix) < 100 for prefix in publisher.statistics()["subscriptions"])  # it is gone
+        wait_until(lambda: all(len(prefix) < 100 for prefix in publisher.statistics()["subscriptions"]))  # it is gone
 
 
 # -- the end ------------------------------------------------------------------------------------------------------
@@ -417,9 +429,22 @@ def test_closing_is_quick_and_frees_the_port_even_with_a_reader_that_stopped_rea
                 wait_until(lambda: publisher.statistics()["sent"].get("fused/raw", 0) > 20)
             started = time.monotonic()
             publisher.close()
-            assert time.monotonic() - started < 1.0  # 0.5 s on a machine that does nothing else
+            assert time.monotonic() - started < 5.0  # 0.5 s on a machine that does nothing else
         with publishing(PublishConfig(endpoint=publisher.endpoint)):
             pass
+
+
+def test_what_there_was_no_time_for_at_the_end_is_counted_and_the_end_is_told():
+    with publishing(on_published=lambda fused, sent_ns: time.sleep(0.5)) as publisher:
+        with Client(publisher.endpoint, "car", "event") as client:
+            wait_until(lambda: publisher.statistics()["subscriptions"])
+            publisher.publish(fused_frame(0))
+            wait_until(lambda: publisher.statistics()["published"] == 1)  # and its thread is held in the callback
+            publisher.publish(fused_frame(1))
+            publisher.close()
+            assert any(message.data()["kind"] == "stopping" for message in client.all(2))
+        counts = publisher.statistics()
+    assert (counts["accepted"], counts["published"], counts["dropped"]) == (2, 1, {"closed": 1})
 
 
 def test_a_frame_after_the_end_is_counted_and_does_no_harm():

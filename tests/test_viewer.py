@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def get(url: str, **headers: str) -> tuple[int, str]:
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5) as answer:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=20) as answer:
             return answer.status, answer.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -47,7 +47,7 @@ async def connected(url: str, talk, **headers: str):
 
 
 def over_websocket(viewer: Viewer, talk, **headers: str):
-    return asyncio.run(asyncio.wait_for(connected(viewer.url, talk, **headers), timeout=20))
+    return asyncio.run(asyncio.wait_for(connected(viewer.url, talk, **headers), timeout=60))
 
 
 def parse(packet: bytes) -> tuple[dict, bytes]:
@@ -110,12 +110,12 @@ def test_the_viewer_of_an_encrypted_rig_shows_it_and_leaves_no_key_behind(tmp_pa
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     pipeline = LivePipeline(config, engine=MaximumEngine())
-    running = threading.Thread(target=pipeline.run, args=(20,))
+    running = threading.Thread(target=pipeline.run, args=(100,))
     running.start()
     try:
         with viewer_of(config, pipeline) as address:
             assert not list((tmp_path / "temporary").iterdir())
-            facts, jpeg = asyncio.run(asyncio.wait_for(connected(address, first_picture), timeout=20))
+            facts, jpeg = asyncio.run(asyncio.wait_for(connected(address, first_picture), timeout=60))
         assert (facts["rig"], jpeg[:2]) == ("car", b"\xff\xd8")
     finally:
         pipeline.stop()
@@ -125,8 +125,7 @@ def test_the_viewer_of_an_encrypted_rig_shows_it_and_leaves_no_key_behind(tmp_pa
 def test_a_page_that_draws_slowly_gets_fewer_pictures_and_newer_ones():
     async def slow(websocket):
         seen: list[int] = []
-        ended = time.monotonic() + 1.5
-        while time.monotonic() < ended:
+        while len(seen) < 10:
             packet = await websocket.receive()
             if packet.type != aiohttp.WSMsgType.BINARY:
                 continue
@@ -211,7 +210,7 @@ def test_it_stops_quickly_with_a_page_connected_and_can_be_run_for_a_while():
         assert over_websocket(viewer, until_closed)
         started = time.monotonic()
         viewer.stop()
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 5
         urls: list[str] = []
         run(publisher.endpoint, port=0, duration_s=0.2, on_ready=urls.append)
         assert urls[0].startswith("http://127.0.0.1:")
@@ -227,7 +226,7 @@ def browser():
         pytest.skip("needs a browser: apt-get install chromium")
     with api.sync_playwright() as playwright:
         arguments = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
+        chromium = playwright.chromium.launch(executable_path=str(CHROMIUM), args=arguments, timeout=90_000)
         yield chromium
         chromium.close()
 
@@ -235,7 +234,7 @@ def browser():
 @pytest.fixture
 def page(browser):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(40_000)
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("console", lambda message: problems.append(message.text) if "Content Security" in message.text else None)
@@ -255,6 +254,16 @@ def text_of(page, selector: str) -> str:
     return page.locator(selector).inner_text()
 
 
+def shows(page, look) -> None:
+    """Waits until the page passes `look`: on a busy machine a picture may be late, and the page then says so."""
+    for _ in range(100):
+        try:
+            return look()
+        except AssertionError:
+            page.wait_for_timeout(200)
+    look()
+
+
 @pytest.mark.needs_chromium
 def test_the_page_shows_the_pictures_the_mode_the_figures_and_what_the_model_perceives(page):
     frame_color = (200, 40, 60)
@@ -268,21 +277,27 @@ def test_the_page_shows_the_pictures_the_mode_the_figures_and_what_the_model_per
         page.wait_for_selector("#mode[data-mode=fused]")
         page.wait_for_selector('.tile[data-stream="ir"].live')
         page.wait_for_selector('.tile[data-stream="vis"].live')
-        page.wait_for_timeout(1200)
-        assert np.abs(pixel(page, "fused") - frame_color).max() <= 6
-        assert np.abs(pixel(page, "visible") - np.array(frame_color) // 2).max() <= 6
-        assert np.abs(pixel(page, "infrared") - 120).max() <= 4
-        assert text_of(page, "#mode") == "fused"
-        assert text_of(page, "#rig") == "car"
-        assert 5 <= int(text_of(page, "#latency")) < 1000  # 20, less the error of the clock comparison
-        assert 3 < float(text_of(page, "#fps")) < 60
-        assert text_of(page, "#degradation-visible [data-kind=low_light]").split() == ["low", "light", "75", "%"]
-        assert "strong" in page.locator("#degradation-visible [data-kind=low_light]").get_attribute("class")
-        assert text_of(page, "#degradation-infrared [data-kind=none]").split() == ["clear", "100", "%"]
-        assert "nano, openvino, bf16" in text_of(page, "#facts")
-        assert "rtcp_ntp ± 1.5 ms" in text_of(page, "#facts")
-        assert "fuse17.5" in text_of(page, "#legend").replace(" ", "").replace("\n", "")
-        assert text_of(page, "#connection") == "connected"
+
+        def all_is_told() -> None:
+            assert np.abs(pixel(page, "fused") - frame_color).max() <= 6
+            assert np.abs(pixel(page, "visible") - np.array(frame_color) // 2).max() <= 6
+            assert np.abs(pixel(page, "infrared") - 120).max() <= 4
+            assert text_of(page, "#mode") == "fused"
+            assert text_of(page, "#rig") == "car"
+            latency, fps = text_of(page, "#latency"), text_of(page, "#fps")
+            assert latency.isdigit()
+            assert 5 <= int(latency) < 1000  # 20, less the error of the clock comparison
+            assert fps.replace(".", "").isdigit()
+            assert 3 < float(fps) < 60
+            assert text_of(page, "#degradation-visible [data-kind=low_light]").split() == ["low", "light", "75", "%"]
+            assert "strong" in page.locator("#degradation-visible [data-kind=low_light]").get_attribute("class")
+            assert text_of(page, "#degradation-infrared [data-kind=none]").split() == ["clear", "100", "%"]
+            assert "nano, openvino, bf16" in text_of(page, "#facts")
+            assert "rtcp_ntp ± 1.5 ms" in text_of(page, "#facts")
+            assert "fuse17.5" in text_of(page, "#legend").replace(" ", "").replace("\n", "")
+            assert text_of(page, "#connection") == "connected"
+
+        shows(page, all_is_told)
 
 
 @pytest.mark.needs_chromium
@@ -293,12 +308,15 @@ def test_a_lost_camera_a_silent_rig_and_a_gone_viewer_never_look_live(page):
         with feeding(publisher):
             page.wait_for_selector('.tile[data-stream="ir"].live')
         with feeding(publisher, lambda i: fused_frame(100 + i, mode="vis_only")):
-            page.wait_for_selector("#mode[data-mode=vis_only]")
-            page.wait_for_selector('.tile[data-stream="ir"]:not(.live)')
-            assert text_of(page, "#mode") == "visible only"
-            assert "no signal" in text_of(page, '.tile[data-stream="ir"] .veil')
-            assert "live" in page.locator('.tile[data-stream="fused"]').get_attribute("class")
-            assert "absent" in text_of(page, "#facts")
+
+            def visible_alone() -> None:
+                assert text_of(page, "#mode") == "visible only"
+                assert page.locator('.tile[data-stream="ir"]:not(.live)').count() == 1
+                assert "no signal" in text_of(page, '.tile[data-stream="ir"] .veil')
+                assert "live" in page.locator('.tile[data-stream="fused"]').get_attribute("class")
+                assert "absent" in text_of(page, "#facts")
+
+            shows(page, visible_alone)
             page.wait_for_selector("#events :text('fused -> vis_only')")  # told beside the pictures, not with one
         page.wait_for_selector("#mode[data-mode=none]")  # no frames any more
         assert text_of(page, "#mode") == "no signal"

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -35,6 +36,7 @@ PICTURES = ("fused", "ir", "vis")
 UNDER_WAY = 2  # pictures of one stream that a browser has not acknowledged
 MAX_BROWSERS = 32
 SILENT_S = 1.0  # without a picture for so long there is no signal
+START_S = 30.0  # to open the port
 LOST_S = 5.0  # without any message for so long, another rig may have taken the endpoint
 HERE = Path(__file__).parent
 PAGES = {"/": ("index.html", "text/html"), "/viewer.js": ("viewer.js", "text/javascript")}
@@ -168,7 +170,9 @@ class Viewer:
             log.warning("the viewer on %s shows the video to everybody who can reach it", self.host)
         self._thread = threading.Thread(target=self._run, name="viewer", daemon=True)
         self._thread.start()
-        self._ready.wait(timeout=10)
+        if not self._ready.wait(START_S):
+            self.stop()
+            raise ViewerError(f"the viewer did not start within {START_S:g} s: is this machine overloaded?")
         if self._error is not None:
             self._thread.join(timeout=2)
             raise self._error
@@ -176,8 +180,9 @@ class Viewer:
     def stop(self) -> None:
         """Closes the port and all connections. May be called twice."""
         loop, stop_asked = self._loop, self._stop_asked
-        if loop is not None and stop_asked is not None and not loop.is_closed():
-            loop.call_soon_threadsafe(stop_asked.set)
+        if loop is not None and stop_asked is not None:
+            with suppress(RuntimeError):  # it has ended by itself
+                loop.call_soon_threadsafe(stop_asked.set)
         if self._thread is not None:
             self._thread.join(timeout=5)
 

@@ -87,10 +87,10 @@ def feeding(
         yield
     finally:
         ended.set()
-        thread.join(timeout=5)
+        thread.join(timeout=20)
 
 
-def wait_until(condition: Callable[[], Any], timeout_s: float = 5.0) -> None:
+def wait_until(condition: Callable[[], Any], timeout_s: float = 20.0) -> None:
     """Returns as soon as the condition holds; fails after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
