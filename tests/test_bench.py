@@ -109,7 +109,7 @@ def test_the_pipeline_row_is_the_live_pipeline_with_its_stages(monkeypatch, caps
 @pytest.mark.usefixtures("stand_in")
 def test_another_fuser_is_timed_against_ours(tmp_path: Path, monkeypatch, capsys):
     (tmp_path / "their_fuser.py").write_text(
-        "import time\ndef fuse(infrared, visible):\n    time.sleep(0.02)\n    return visible\nnumber = 4\n"
+        "import time\ndef fuse(infrared, visible):\n    time.sleep(0.1)\n    return visible\nnumber = 4\n"
         "def broken(infrared, visible):\n    raise RuntimeError('no weights')\n"
     )
     monkeypatch.chdir(tmp_path)

@@ -393,10 +393,10 @@ def test_live_frames_come_at_the_set_rate_and_never_before_their_exposure():
 def test_a_late_reader_loses_the_oldest_frames():
     camera = opened("visible", realtime=True, rate_hz=100, width=64, height=64)
     first = camera.grab()
-    time.sleep(0.2)
+    time.sleep(1)
     second = camera.grab()
-    assert second.index - first.index > 10
-    assert second.arrived_ns - second.captured_ns < 100e6
+    assert second.index - first.index > 50
+    assert second.arrived_ns - second.captured_ns < 500e6
 
 
 def test_live_cameras_of_one_seed_share_one_world():

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -237,9 +238,16 @@ def test_a_new_training_keeps_the_checkpoint_of_an_earlier_one(config: TrainConf
 
 def test_a_signal_saves_and_ends_with_one_line(config: TrainConfig, capsys: pytest.CaptureFixture[str]):
     endless = changed(config, iterations=(10_000, 0, 0), warm_up_items=0)
-    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
-    timer.start()
+
+    def stop_it() -> None:
+        while signal.getsignal(signal.SIGTERM) is before:  # sooner, it would end the test itself
+            time.sleep(0.01)
+        time.sleep(1)
+        if signal.getsignal(signal.SIGTERM) is not before:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_it, daemon=True).start()
     outcome = train(endless)
     assert not outcome.finished
     assert outcome.iterations[0] < 10_000
