@@ -115,9 +115,10 @@ class Refiner:
         """State and health of pictures that are corrected by the parameters `shown`."""
         if self._strays >= JUMP_SCENES:
             return "lost", 0.0
-        if not self._witnesses or self._last_information >= HEALTH_SCENES:
+        witnesses = list(self._witnesses)  # a copy in one step: another thread may add the next keyframe meanwhile
+        if not witnesses or self._last_information >= HEALTH_SCENES:
             return "no_information", 0.0
-        recent = [one.parameters for one in self._witnesses][-HEALTH_SCENES:]
+        recent = [one.parameters for one in witnesses[-HEALTH_SCENES:]]
         seen = similarity(np.median(recent, axis=0), self.size)
         left = seen @ np.linalg.inv(similarity(shown, self.size))
         distance_px = displacement_px(left, self.size)

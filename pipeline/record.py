@@ -15,6 +15,7 @@ from pipeline.errors import ConfigError
 from pipeline.handover import HandoverClosed, Latest
 
 TIME_BASE = Fraction(1, 90_000)
+FINISH_S = 5.0
 FORMATS = {".mp4": "mp4", ".mkv": "matroska"}
 
 
@@ -170,9 +171,11 @@ class BackgroundVideo:
         self._file.write(image, time_ns)
 
     def close(self) -> None:
-        """Writes what waits and finishes the file."""
+        """Writes what waits and finishes the file, within 5 s."""
         self._slot.close()
-        self._thread.join(timeout=5)
+        self._thread.join(FINISH_S)
+        if self._thread.is_alive() and self.failure is None:
+            self.failure = f"the video {self._file.path.name} was not finished within {FINISH_S:g} s: it may be lost"
 
     def _write(self) -> None:
         try:

@@ -61,7 +61,8 @@ class Register:
     @property
     def overlap(self) -> float:
         """Share of the visible picture that infrared sees; 1 when uncalibrated."""
-        return 1.0 if self._maps is None else float((self._maps.weight > 0).mean())
+        maps = self._maps
+        return 1.0 if maps is None else float((maps.weight > 0).mean())
 
     def __call__(self, pair: FramePair) -> AlignedPair:
         """Aligns one pair. The input's pixels stay as they are.
@@ -112,7 +113,8 @@ class Register:
     def report(self) -> dict[str, Any]:
         """The report's account of the registration: its state, and what the refinement did."""
         state = {"state": "calibrated" if self.calibrated else "uncalibrated"}
-        refined = {} if self._refinement is None else self._refinement.report()
+        refinement = self._refinement  # read once: the flow may begin a new one at any time
+        refined = {} if refinement is None else refinement.report()
         return {**state, "refine": self._config.refine, "overlap": round(self.overlap, 3), **refined}
 
     def close(self) -> None:
@@ -123,9 +125,10 @@ class Register:
     @property
     def _maps(self) -> Maps | None:
         """The maps of the moment; None: the picture is only resized."""
-        if self._refinement is None:
-            return None if self._warp is None else self._warp.offline
-        maps = self._refinement.maps
+        refinement, warp = self._refinement, self._warp
+        if refinement is None:
+            return None if warp is None else warp.offline
+        maps = refinement.maps
         return maps if self.calibrated or maps.parameters.any() else None
 
     def _follow_size(self, size: Size) -> None:
