@@ -85,8 +85,9 @@ class Surfaces:
 class Residual:
     """One shift, roll and scale, and how far it may be trusted."""
 
-    parameters: np.ndarray  # (4,): x, y in pixels, roll in radians, logarithm of the scale, about the picture's middle
-    covariance: np.ndarray  # (4, 4) of the parameters, as far as this scene tells
+    # (4,): x, y in pixels, roll in radians, logarithm of the scale, about the picture's middle; or (6,), see `affine`
+    parameters: np.ndarray
+    covariance: np.ndarray  # of the parameters, as far as this scene tells
     evidence: float  # log of the odds against pictures that have nothing in common
     blocks: int  # that support the answer
     spread: float  # of these blocks over the picture, see MIN_SPREAD
@@ -103,7 +104,7 @@ class Residual:
     @property
     def matrix(self) -> np.ndarray:
         """(3, 3), maps a pixel of the infrared picture to the visible pixel that it belongs to."""
-        return similarity(self.parameters, self.size)
+        return affine(self.parameters, self.size)
 
 
 def similarity(parameters: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -118,8 +119,20 @@ def similarity(parameters: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return matrix
 
 
+def affine(parameters: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The 3x3 matrix of the parameters of a similarity, and of stretch and shear before it if they are given too."""
+    if len(parameters) == 4:
+        return similarity(parameters, size)
+    stretch, shear = (float(value) for value in parameters[4:])
+    middle = _middle(size)
+    matrix = np.eye(3)
+    matrix[:2, :2] += [[stretch, shear], [shear, -stretch]]
+    matrix[:2, 2] = middle - matrix[:2, :2] @ middle
+    return similarity(parameters[:4], size) @ matrix
+
+
 def parameters_of(matrix: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The inverse of `similarity`."""
+    """The inverse of `similarity`; of another transform, the shift of its middle, its roll and its scale."""
     middle = _middle(size)
     shift = matrix[:2, :2] @ middle + matrix[:2, 2] - middle
     roll = np.arctan2(matrix[1, 0], matrix[0, 0])
@@ -149,15 +162,10 @@ class Verdict:
 
     state: State
     health: float  # 1 aligned, 0.75 and 0.5 where degraded and lost begin, 0 for none or no information
-    parameters: np.ndarray  # (4,), see Residual; 0 without information
+    matrix: np.ndarray  # (3, 3), see Residual; the identity without information
     sigma_px: float | None  # expected error of the transform, over the picture; None without information
     informative: int  # pairs that told something
     size: tuple[int, int]
-
-    @property
-    def matrix(self) -> np.ndarray:
-        """(3, 3), maps a pixel of the infrared picture to the visible pixel that it belongs to."""
-        return similarity(self.parameters, self.size)
 
 
 def measure(infrared: np.ndarray, visible: np.ndarray, weight: np.ndarray | None = None) -> Residual:
@@ -170,11 +178,11 @@ def survey(infrared: np.ndarray, visible: np.ndarray, weight: np.ndarray | None 
     thumbnail = thumbnail_of(visible)
     fields = fields_of(infrared, visible, weight)
     surfaces = correlate(fields)
-    near = _with_agreement(fit([surfaces]), fields)
+    near = with_agreement(fit([surfaces]), fields)
     if near.informative and not _at_the_edge(near):
         return Survey(surfaces, near, False, thumbnail)
     far_surfaces = correlate(fields, wide=True)
-    far = _with_agreement(fit([far_surfaces], sigma=COLD_SIGMA), fields)
+    far = with_agreement(fit([far_surfaces], sigma=COLD_SIGMA), fields)
     if far.informative and far.evidence > near.evidence:
         return Survey(far_surfaces, far, True, thumbnail)
     return Survey(surfaces, near, False, thumbnail)
@@ -186,7 +194,7 @@ def _at_the_edge(residual: Residual) -> bool:
     return float(np.abs(residual.parameters[:2]).max()) * scale > RADIUS - 2
 
 
-def _with_agreement(residual: Residual, fields: Fields) -> Residual:
+def with_agreement(residual: Residual, fields: Fields) -> Residual:
     """The residual with the share of the picture whose edges agree under it."""
     if residual.evidence < MIN_EVIDENCE:
         return replace(residual, agreement=0.0)
@@ -213,16 +221,15 @@ def settle(surveys: Sequence[Survey]) -> Verdict:
     """
     telling = [one for one in surveys if one.residual.informative]
     if not telling:
-        return Verdict("no_information", 0.0, np.zeros(4), None, 0, surveys[0].residual.size)
+        return Verdict("no_information", 0.0, np.eye(3), None, 0, surveys[0].residual.size)
     camps = [[one for one in telling if one.wide is wide] for wide in (False, True)]
     chosen = max(camps, key=lambda camp: sum(one.residual.evidence for one in camp))
     wide = chosen[0].wide
     found = fit([one.surfaces for one in chosen], sigma=COLD_SIGMA if wide else DRIFT_SIGMA)
     sigma_px = grid_sigma_px(found.covariance + scene_covariance(found.size) / _scenes(chosen), found.size)
-    parameters = found.parameters * moved_probability(found.parameters, sigma_px, found.size)
-    distance_px = displacement_px(similarity(parameters, found.size), found.size)
-    state, health = judge(distance_px, found.size)
-    return Verdict(state, health, parameters, sigma_px, len(telling), found.size)
+    matrix = similarity(found.parameters * moved_probability(found.parameters, sigma_px, found.size), found.size)
+    state, health = judge(displacement_px(matrix, found.size), found.size)
+    return Verdict(state, health, matrix, sigma_px, len(telling), found.size)
 
 
 def judge(distance_px: float, size: tuple[int, int]) -> tuple[State, float]:
@@ -253,7 +260,7 @@ def scene_covariance(size: tuple[int, int]) -> np.ndarray:
 
 def grid_sigma_px(covariance: np.ndarray, size: tuple[int, int]) -> float:
     """Root mean square displacement over the picture that a covariance of the parameters stands for."""
-    jacobian = _jacobian(_grid(size) - _middle(size))
+    jacobian = _jacobian(_grid(size) - _middle(size), len(covariance))
     return float(np.sqrt(np.einsum("nij,jk,nik->n", jacobian, covariance, jacobian).mean()))
 
 
@@ -317,14 +324,17 @@ def correlate(fields: Fields, wide: bool = False) -> Surfaces:
     """
     start = np.zeros(4)
     if wide:
-        half = [
-            cv2.resize(field, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
-            for field in (fields.infrared, fields.visible)
-        ]
-        if min(half[0].shape[:2]) >= WINDOW:
-            coarse = _surfaces(half[0], half[1], start, fields.size)
-            start = fit([coarse], sigma=COLD_SIGMA, rolls=WIDE_ROLLS).parameters
+        start = fit([correlate(halved(fields))], sigma=COLD_SIGMA, rolls=WIDE_ROLLS).parameters
     return _surfaces(fields.infrared, fields.visible, start, fields.size)
+
+
+def halved(fields: Fields) -> Fields:
+    """The edges at half the working size, where a search reaches twice as far; as they are, if that is too small."""
+    half = [
+        cv2.resize(field, None, fx=0.5, fy=0.5, interpolation=cv2.INTER_AREA)
+        for field in (fields.infrared, fields.visible)
+    ]
+    return replace(fields, infrared=half[0], visible=half[1]) if min(half[0].shape[:2]) >= WINDOW else fields
 
 
 def comparable(size: tuple[int, int]) -> bool:
@@ -354,7 +364,6 @@ def edge_field(picture: np.ndarray) -> np.ndarray:
 
 def fit(
     surfaces: Sequence[Surfaces],
-    degrees: int = 4,
     sigma: Sequence[float] = DRIFT_SIGMA,
     rolls: Sequence[float] = ROLLS,
 ) -> Residual:
@@ -362,16 +371,17 @@ def fit(
 
     Args:
         surfaces: of pairs of one size. Different scenes count most; repeats of one scene add up as if they did not.
-        degrees: 2: shift, 3: and roll, 4: and scale.
-        sigma: how far each parameter is expected to be from 0, for a picture 640 pixels wide.
+        sigma: how far each parameter is expected to be from 0, for a picture 640 pixels wide; of six, stretch and
+            shear are found as well.
         rolls: tried before the climb, beside the start of the surfaces.
     """
     first = surfaces[0]
     if any(other.size != first.size for other in surfaces):
         raise CalibrationError("pictures of different sizes cannot share one residual transform")
     wide = first.size[0] / NATURAL_WIDTH_PX
-    spread = np.array(sigma) * (wide, wide, 1, 1)
-    problem = _Problem(surfaces, degrees, 1 / spread**2)
+    spread = np.array(sigma)
+    spread[:2] *= wide
+    problem = _Problem(surfaces, 1 / spread**2)
     start, peak_px = problem.search(first.start, rolls)
     parameters, covariance = problem.climb(start)
     support = problem.support(parameters)
@@ -391,8 +401,7 @@ def fit(
 class _Problem:
     """The log-probability of a transform, given all blocks."""
 
-    def __init__(self, surfaces: Sequence[Surfaces], degrees: int, precision: np.ndarray) -> None:
-        self.degrees = degrees
+    def __init__(self, surfaces: Sequence[Surfaces], precision: np.ndarray) -> None:
         self.precision = precision
         self.surfaces = np.concatenate([one.log_likelihood for one in surfaces])
         self.centres = np.concatenate([one.centres for one in surfaces])
@@ -400,24 +409,26 @@ class _Problem:
         self.scale = surfaces[0].scale
         # Steps of about equal effect on the picture: one pixel of shift, or what moves its outer parts by one.
         reach = float(np.sqrt((self.centres**2).sum(axis=1).mean()))
-        self.units = np.array([1.0, 1.0, 1 / reach, 1 / reach])
-        self.jacobian = _jacobian(self.centres) * self.units * self.scale
+        self.units = np.array([1.0, 1.0] + [1 / reach] * (len(precision) - 2))
+        self.jacobian = _jacobian(self.centres, len(precision)) * self.units * self.scale
 
     def search(self, start: np.ndarray, rolls: Sequence[float]) -> tuple[np.ndarray, float]:
         """The best whole-pixel shift for a few rolls, and how far from 0 the best shift without more roll is."""
         best, found, peak_px = -np.inf, start, 0.0
+        more_parameters = np.zeros(len(self.precision) - len(start))
         middle = np.round(start[:2] * self.scale)
         steps = np.arange(-RADIUS, RADIUS + 1)
         x, y = (middle[0] + steps) / self.scale, (middle[1] + steps) / self.scale
         prior = 0.5 * (self.precision[0] * x[None, :] ** 2 + self.precision[1] * y[:, None] ** 2)
-        for more in rolls if self.degrees > 2 else rolls[:1]:
+        for more in rolls:
             roll = start[2] + more
             total = self._sum_of_shifted(roll, start[3], middle) - prior - 0.5 * self.precision[2] * roll * roll
             row, column = np.unravel_index(int(total.argmax()), total.shape)
             if more == 0:
                 peak_px = float(np.hypot(x[column], y[row]))
             if total[row, column] > best:
-                best, found = float(total[row, column]), np.array([x[column], y[row], roll, start[3]])
+                best = float(total[row, column])
+                found = np.array([x[column], y[row], roll, start[3], *more_parameters])
         return found, peak_px
 
     def _sum_of_shifted(self, roll: float, log_scale: float, middle: np.ndarray) -> np.ndarray:
@@ -431,22 +442,20 @@ class _Problem:
 
     def climb(self, parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Newton steps to the top. Returns the parameters and their covariance there."""
-        used = slice(0, self.degrees)
         q = parameters / self.units
         precision = self.precision * self.units**2
-        jacobian = self.jacobian[:, :, used]
+        jacobian = self.jacobian
         value = self._value(q, precision)
         for _ in range(12):
             _, slope, bend = _spline(self.surfaces, self._places(q), derivatives=True)
-            gradient = np.einsum("bi,bij->j", slope, jacobian) - (precision * q)[used]
-            curvature = np.einsum("bik,bij,bjl->kl", jacobian, bend, jacobian) - np.diag(precision[used])
+            gradient = np.einsum("bi,bij->j", slope, jacobian) - precision * q
+            curvature = np.einsum("bik,bij,bjl->kl", jacobian, bend, jacobian) - np.diag(precision)
             sizes, axes = np.linalg.eigh(-curvature)
             sizes = np.maximum(np.abs(sizes), 1e-3 * np.abs(sizes).max())
             step = axes @ ((axes.T @ gradient) / sizes)
             step *= min(1.0, 2.0 / max(float(np.linalg.norm(step)), 1e-12))
             for _ in range(5):
-                trial = q.copy()
-                trial[used] += step
+                trial = q + step
                 trial_value = self._value(trial, precision)
                 if trial_value > value:
                     break
@@ -456,8 +465,7 @@ class _Problem:
             q, value = trial, trial_value
             if np.abs(step).max() < 0.01:
                 break
-        covariance = np.diag(1 / precision)
-        covariance[used, used] = (axes / sizes) @ axes.T
+        covariance = (axes / sizes) @ axes.T
         return q * self.units, covariance * np.outer(self.units, self.units)
 
     def support(self, parameters: np.ndarray) -> np.ndarray:
@@ -569,13 +577,15 @@ def _spline_weights(t: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return tuple(stacked)  # type: ignore[return-value]
 
 
-def _jacobian(points: np.ndarray) -> np.ndarray:
-    """(n, 2, 4) derivative of the displacement of points, relative to the middle, by the parameters."""
-    jacobian = np.zeros((len(points), 2, 4))
+def _jacobian(points: np.ndarray, degrees: int) -> np.ndarray:
+    """(n, 2, degrees) derivative of the displacement of points, relative to the middle, by the 4 or 6 parameters."""
+    jacobian = np.zeros((len(points), 2, 6))
     jacobian[:, 0, 0] = jacobian[:, 1, 1] = 1
     jacobian[:, 0, 2], jacobian[:, 1, 2] = -points[:, 1], points[:, 0]
     jacobian[:, :, 3] = points
-    return jacobian
+    jacobian[:, 0, 4], jacobian[:, 1, 4] = points[:, 0], -points[:, 1]
+    jacobian[:, 0, 5], jacobian[:, 1, 5] = points[:, 1], points[:, 0]
+    return jacobian[..., :degrees]
 
 
 def _shrunk(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
