@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import numpy as np
@@ -64,14 +65,15 @@ def test_in_the_background_only_the_first_frame_waits():
     class SlowPriors(MaximumEngine):
         def estimate_priors(self, infrared, visible):
             if self.estimates:
-                time.sleep(0.3)
+                seen.wait(60)
             return super().estimate_priors(infrared, visible)
 
-    engine = SlowPriors()
+    engine, seen = SlowPriors(), threading.Event()
     fuse = Fuse(engine, PriorsConfig(every_frames=1), background=True)
     results = [fuse(aligned()) for _ in range(20)]
     assert results[-1].priors_age_frames == 19  # the second estimate is still on its way
-    deadline = time.monotonic() + 5
+    seen.set()
+    deadline = time.monotonic() + 20
     while fuse.keeper.updates < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     assert fuse.keeper.updates >= 2
