@@ -147,7 +147,9 @@ def test_a_second_signal_ends_a_start_at_once(folder):
         assert time.monotonic() - asked < 1 + 4  # and some for a busy machine
 
 
-def test_a_library_that_makes_another_error_of_a_signal_is_not_believed():
+def test_a_library_that_makes_another_error_of_a_signal_is_not_believed(monkeypatch):
+    monkeypatch.setattr("pipeline.stopping.GRACE_S", 60.0)  # a test that is held up for longer would end all tests
+
     def convert() -> None:
         try:
             os.kill(os.getpid(), signal.SIGTERM)
