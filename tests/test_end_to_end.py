@@ -19,7 +19,7 @@ from pipeline.client import Client
 from pipeline.config import EngineConfig, RigConfig
 from pipeline.live import LivePipeline, engine_for
 from tests.rigs.engines import MaximumEngine
-from tests.rigs.rtsp_server import RtspServer, free_port, missing_gst, rtsp_server
+from tests.rigs.rtsp_server import RtspServer, missing_gst, rtsp_server
 
 pytestmark = [
     pytest.mark.needs_gst,
@@ -53,13 +53,12 @@ def run_for(
     Args:
         until: when the subscribers end, as options; by default after as many seconds.
     """
-    endpoint = f"tcp://127.0.0.1:{free_port()}"
     with two_servers(user=f"operator:{PASSWORD}", fps=fps) as (infrared, visible):
         (folder / "rig.yaml").write_text(
             "version: 1\nrig: gate\n"
             f'infrared: {{kind: stream, url: "{infrared.url("ir", f"operator:{PASSWORD}")}"}}\n'
             f'visible: {{kind: stream, url: "{visible.url("vis", f"operator:{PASSWORD}")}"}}\n'
-            f'publish: {{endpoint: "{endpoint}", streams: [fused]}}\n'
+            'publish: {endpoint: "tcp://127.0.0.1:*", streams: [fused]}\n'
         )
         arguments = [
             "run",
@@ -70,11 +69,11 @@ def run_for(
             str(folder / "report.json"),
         ]
         ending = until or ("--duration", str(seconds))
-        subscribe = [*COMMAND, "subscribe", endpoint, "--json", "-", "--timeout", "20", *ending]
         rig = subprocess.Popen([*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         subscribers: list[subprocess.Popen] = []
         try:
             begun = first_lines(rig, "fused frames at")
+            subscribe = [*COMMAND, "subscribe", begun.split()[-1], "--json", "-", "--timeout", "20", *ending]
             for codec in codecs:
                 subscribers.append(subprocess.Popen([*subscribe, "--codec", codec], stdout=subprocess.PIPE, text=True))
             assert rig.stdout is not None
@@ -104,6 +103,7 @@ def assert_accounted(report: dict) -> None:
         assert account["captured"] == account["used"] + sum(account["dropped"].values())
 
 
+@pytest.mark.timeout(300)  # the network is converted before: 10 s on idle cores
 @pytest.mark.usefixtures("warm_engine")
 def test_two_rtsp_cameras_are_fused_and_reach_a_subscriber_in_another_process(tmp_path: Path):
     report, (received,), output = run_for(12, tmp_path, until=("--count", "30"))

@@ -79,7 +79,7 @@ def missing_gst() -> str | None:
     probe += "Gst.init(None); assert all(Gst.ElementFactory.find(n) for n in ('x264enc', 'rtph264pay', 'appsrc'))"
     if shutil.which(SYSTEM_PYTHON) is None:
         return f"needs {SYSTEM_PYTHON} with GStreamer: {INSTALL_LINE}"
-    found = subprocess.run([SYSTEM_PYTHON, "-c", probe], capture_output=True, timeout=60)
+    found = subprocess.run([SYSTEM_PYTHON, "-c", probe], capture_output=True, timeout=300)  # a first start is slow
     return None if found.returncode == 0 else f"needs the GStreamer RTSP server: {INSTALL_LINE}"
 
 
@@ -97,7 +97,7 @@ class RtspServer:
     Keyword arguments of `options` become options of the program: `width=320`, `fps=25`, `user="name:password"`.
     """
 
-    port: int = field(default_factory=free_port)
+    port: int = 0  # 0: a free one, known once it has started
     options: dict[str, Any] = field(default_factory=dict)
     process: subprocess.Popen[str] | None = None
 
@@ -105,7 +105,7 @@ class RtspServer:
         prefix = f"{credentials}@" if credentials else ""
         return f"rtsp://{prefix}127.0.0.1:{self.port}/{mount}"
 
-    def start(self, timeout_s: float = 20.0) -> RtspServer:
+    def start(self, timeout_s: float = 60.0) -> RtspServer:
         """Starts the server and waits until it listens."""
         arguments = [f"--{name.replace('_', '-')}={value}" for name, value in self.options.items()]
         command = [SYSTEM_PYTHON, os.path.abspath(__file__), f"--port={self.port}", "--until-stdin-closes", *arguments]
@@ -115,9 +115,11 @@ class RtspServer:
         deadline = time.monotonic() + timeout_s
         assert self.process.stdout is not None
         # The program prints one line as soon as it listens, or ends: readline() cannot wait for longer than its start.
-        if self.process.stdout.readline().strip() != "READY" or time.monotonic() > deadline:
+        said, *port = self.process.stdout.readline().split() or [""]
+        if said != "READY" or time.monotonic() > deadline:
             self.kill()
             raise RuntimeError(f"the RTSP server on port {self.port} did not start: is the port taken?")
+        self.port = int(port[0])
         return self
 
     def freeze(self) -> None:
@@ -148,9 +150,9 @@ class RtspServer:
 
 
 @contextlib.contextmanager
-def rtsp_server(port: int | None = None, **options: Any) -> Iterator[RtspServer]:
+def rtsp_server(port: int = 0, **options: Any) -> Iterator[RtspServer]:
     """Two running RTSP cameras, stopped at the end of the block."""
-    server = RtspServer(port or free_port(), options)
+    server = RtspServer(port, options)
     server.start()
     try:
         yield server
@@ -241,7 +243,7 @@ def pipeline(options: argparse.Namespace) -> str:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Serves until killed. Prints READY when it listens."""
+    """Serves until killed. Prints READY and its port when it listens."""
     import gi  # type: ignore[import-not-found]
 
     gi.require_version("Gst", "1.0")
@@ -270,7 +272,7 @@ def serve(options: argparse.Namespace) -> None:
         sys.exit(f"port {options.port} is taken")
     if options.until_stdin_closes:
         threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
-    print("READY", flush=True)
+    print("READY", server.get_bound_port(), flush=True)
     GLib.MainLoop().run()
 
 
