@@ -42,6 +42,8 @@ HEALTH_PERIOD_S = 1.0
 POLL_S = 0.02  # how long a new subscription may wait for the thread to notice it
 SLOW_SUBSCRIBER_S = 2.0  # lossless: how long a full subscriber may hold the replay or its end back, then it has gaps
 FLUSH_S = 0.2  # at an orderly end, for the last messages; a stopped subscriber costs us this and no more
+LAST_READ_S = 2.0  # lossless: at the end, for subscribers to read what is under way, or until the last one has gone
+LOSSLESS_BUFFER_BYTES = 256 << 10  # the system's own choice of 4 MB holds seconds that a slow reader is behind
 COPY_BELOW_BYTES = 64 << 10  # below, handing ZeroMQ a reference costs more than the copy (pyzmq issue 1032)
 MAX_SUBSCRIPTIONS = 4096  # prefixes remembered; beyond, somebody is playing
 
@@ -179,6 +181,7 @@ class Publisher:
         self._mode: Mode | None = None
         self._stopping = threading.Event()
         self._closed = False
+        self._patient = True
 
         self._accepted = 0
         self._published = 0
@@ -275,15 +278,16 @@ class Publisher:
                 "latency_ms": {name: _percentiles(values) for name, values in self._stages.items() if values},
             }
 
-    def close(self) -> None:
+    def close(self, patient: bool = True) -> None:
         """Sends `stopping`, and closes within 0.5 s; what waits longer is counted as dropped.
 
-        Lossless: first sends what waits, for at most 5 s, and waits for full subscribers as during the replay.
+        Lossless: first sends what waits, for at most 5 s, and, if `patient`, gives subscribers 2 s to read it.
         """
         with self._lock:
             if self._closed:
                 return
             self._closed = True
+        self._patient = patient
         self.event("stopping", f"rig {self._rig} stops publishing")
         self._handover.close()  # what waits is still sent
         self._thread.join(timeout=5.0 if self._lossless else 0.2)
@@ -308,11 +312,14 @@ class Publisher:
             self._serve()
             self._read_subscriptions()
             self._send_events()  # the last one says that this is the end
+            if self._lossless and self._patient:
+                self._let_subscribers_read()
         except Exception:
             log.exception("the publisher's thread ended")
         finally:
             if self._socket is not None:
-                self._socket.close(linger=round(1000 * (SLOW_SUBSCRIBER_S if self._lossless else FLUSH_S)))
+                flush_s = SLOW_SUBSCRIBER_S if self._lossless and self._patient else FLUSH_S
+                self._socket.close(linger=round(1000 * flush_s))
 
     def _serve(self) -> None:
         """Until the hand-over is closed and empty, or there is no time left for what waits."""
@@ -333,6 +340,12 @@ class Publisher:
                 elif self._fresh_subscriptions:
                     self._welcome()
                 self._fresh_subscriptions.clear()
+
+    def _let_subscribers_read(self) -> None:
+        """What lies in the system's buffers is lost where a subscriber speaks to a connection that we have closed."""
+        deadline = time.monotonic() + LAST_READ_S
+        while self._subscriptions and time.monotonic() < deadline and not self._stopping.wait(POLL_S):
+            self._read_subscriptions()
 
     def _next_work(self) -> _Work | None:
         try:
@@ -626,6 +639,7 @@ class Publisher:
         socket.setsockopt(zmq.IPV6, int("[" in self._config.endpoint))
         if self._lossless:
             socket.setsockopt(zmq.XPUB_NODROP, 1)
+            socket.setsockopt(zmq.SNDBUF, LOSSLESS_BUFFER_BYTES)
 
     def _secure(self, context: zmq.Context[zmq.Socket[bytes]], socket: zmq.Socket[bytes]) -> None:
         assert self._config.curve_secret_key_file

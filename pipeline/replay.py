@@ -134,7 +134,7 @@ def replay(
                 on_fused(fused)
         if video is not None:
             video.close()
-        publisher.close()
+        publisher.close(patient=not stopped())
         for camera, reasons in account.dropped.items():
             for reason, count in reasons.items():
                 telemetry.drop("sync", f"{camera}_{reason}", count)

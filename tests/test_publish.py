@@ -230,6 +230,28 @@ def test_a_replay_waits_and_sends_every_frame_to_a_slow_reader():
         wait_until(lambda: publisher.statistics()["published"] == 60)
 
 
+def test_the_end_of_a_replay_reaches_a_slow_reader_and_waits_no_longer_than_for_it(monkeypatch):
+    monkeypatch.setattr("pipeline.publish.LAST_READ_S", 60.0)
+    with publishing(lossless=True) as publisher, Client(publisher.endpoint, "car") as client:
+        wait_until(lambda: publisher.statistics()["subscriptions"])
+
+        def replay():
+            for index in range(30):
+                publisher.publish(fused_frame(index, captured_ns=index * 40_000_000, width=640, height=480))
+            publisher.close()
+
+        thread = threading.Thread(target=replay)
+        thread.start()
+        received = []
+        for _, message in zip(range(30), client.all(10), strict=False):
+            received.append(message.header.sequence)
+            time.sleep(0.1)
+        client.close()
+        thread.join(timeout=10)
+        assert not thread.is_alive()
+        assert received == list(range(30))
+
+
 # -- health and events --------------------------------------------------------------------------------------------
 
 
