@@ -171,12 +171,14 @@ def test_frames_after_a_loss_are_suspect_until_the_next_keyframe():
         source = camera(server.url("ir"), read_timeout_s=4)
         source.open()
         frames = grab(source, 60)
+        while len({frame.suspect for frame in frames}) < 2 and len(frames) < 600:  # which packets are lost is chance
+            frames += grab(source, 10)
         source.close()
     assert any(frame.suspect for frame in frames)
     assert not all(frame.suspect for frame in frames)
     unreadable = [frame for frame in frames if read_clock(frame.image, frame.arrived_ns) is None]
     unflagged = [frame for frame in unreadable if not frame.suspect]
-    assert len(unflagged) <= 3 + 0.1 * len(unreadable)  # which packets are lost is chance
+    assert len(unflagged) <= 3 + 0.1 * len(unreadable)
     # A frame that never arrived leaves a gap in the numbers.
     assert frames[-1].index - frames[0].index >= len(frames) - 1
 

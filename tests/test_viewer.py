@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import aiohttp
@@ -46,8 +47,10 @@ async def connected(url: str, talk, **headers: str):
         return await talk(websocket)
 
 
-def over_websocket(viewer: Viewer, talk, **headers: str):
-    return asyncio.run(asyncio.wait_for(connected(viewer.url, talk, **headers), timeout=60))
+def over_websocket(url: str, talk, **headers: str):
+    """Talks in a thread of its own: while a browser is open, its driver's event loop runs in this one."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, asyncio.wait_for(connected(url, talk, **headers), timeout=60)).result()
 
 
 def parse(packet: bytes) -> tuple[dict, bytes]:
@@ -87,7 +90,7 @@ def test_pictures_are_encoded_only_while_a_page_is_open():
     with publishing() as publisher, feeding(publisher), Viewer(publisher.endpoint, port=0, rig="car") as viewer:
         wait_until(lambda: get(viewer.url + "healthz")[0] == 200)
         assert "jpeg" not in publisher.statistics()["encoded"]
-        facts, jpeg = over_websocket(viewer, first_picture)
+        facts, jpeg = over_websocket(viewer.url, first_picture)
         assert facts["mode"] == "fused"
         assert facts["degradation"]["visible"]["low_light"] == 0.75
         assert jpeg.startswith(b"\xff\xd8")
@@ -115,7 +118,7 @@ def test_the_viewer_of_an_encrypted_rig_shows_it_and_leaves_no_key_behind(tmp_pa
     try:
         with viewer_of(config, pipeline) as address:
             assert not list((tmp_path / "temporary").iterdir())
-            facts, jpeg = asyncio.run(asyncio.wait_for(connected(address, first_picture), timeout=60))
+            facts, jpeg = over_websocket(address, first_picture)
         assert (facts["rig"], jpeg[:2]) == ("car", b"\xff\xd8")
     finally:
         pipeline.stop()
@@ -143,7 +146,7 @@ def test_a_page_that_draws_slowly_gets_fewer_pictures_and_newer_ones():
         return seen
 
     with publishing() as publisher, feeding(publisher, rate_hz=40), Viewer(publisher.endpoint, port=0) as viewer:
-        seen = over_websocket(viewer, slow)
+        seen = over_websocket(viewer.url, slow)
     assert seen[2] - seen[1] >= 8  # about 20 pictures were replaced meanwhile
     assert seen == sorted(set(seen))
 
@@ -154,9 +157,9 @@ def test_only_our_own_page_may_connect():
 
     with publishing() as publisher, Viewer(publisher.endpoint, port=0) as viewer:
         with pytest.raises(aiohttp.WSServerHandshakeError) as caught:
-            over_websocket(viewer, nothing, Origin="http://evil.example")
+            over_websocket(viewer.url, nothing, Origin="http://evil.example")
         assert caught.value.status == 403
-        assert over_websocket(viewer, nothing, Origin=viewer.url.rstrip("/"))
+        assert over_websocket(viewer.url, nothing, Origin=viewer.url.rstrip("/"))
         assert get(viewer.url, Host="evil.example")[0] == 403
 
 
@@ -185,7 +188,7 @@ def test_a_page_that_talks_nonsense_is_hung_up_on(nonsense):
         return True
 
     with publishing() as publisher, Viewer(publisher.endpoint, port=0) as viewer:
-        assert over_websocket(viewer, talk)
+        assert over_websocket(viewer.url, talk)
 
 
 def test_a_port_in_use_is_one_clear_line():
@@ -198,7 +201,10 @@ def test_a_port_in_use_is_one_clear_line():
 
 
 def test_it_stops_quickly_with_a_page_connected_and_can_be_run_for_a_while():
+    there = threading.Event()
+
     async def until_closed(websocket):
+        there.set()
         while not websocket.closed:
             await websocket.receive()
         return True
@@ -206,8 +212,8 @@ def test_it_stops_quickly_with_a_page_connected_and_can_be_run_for_a_while():
     with publishing() as publisher:
         viewer = Viewer(publisher.endpoint, port=0)
         viewer.start()
-        threading.Timer(0.3, viewer.stop).start()
-        assert over_websocket(viewer, until_closed)
+        threading.Thread(target=lambda: there.wait(60) and viewer.stop()).start()
+        assert over_websocket(viewer.url, until_closed)
         started = time.monotonic()
         viewer.stop()
         assert time.monotonic() - started < 5
