@@ -62,8 +62,13 @@ def import_openvino() -> types.ModuleType:
         sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         import openvino
-    except ImportError as error:
-        raise EngineError(f"OpenVINO cannot be imported ({error}): install it, or use runtime 'pytorch'") from error
+
+        if not hasattr(openvino, "Core"):
+            raise ImportError(f"version {getattr(openvino, '__version__', 'unknown')} has no Core")
+    except Exception as error:  # a broken installation raises more than ImportError
+        raise EngineError(
+            f"OpenVINO cannot be imported ({last_line(error)}): install it again, or use runtime 'pytorch'"
+        ) from error
     return openvino
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engines import gpu_probe
+from engines.arrays import last_line
 from engines.base import EngineError, FusionEngine
 from engines.sizes import SizeRange, range_of
 
@@ -102,7 +103,15 @@ def _automatic(order: _Order) -> FusionEngine:
 
 
 def _create(runtime: str, order: _Order, why: str) -> FusionEngine:
-    return _FACTORIES[runtime](order, why)
+    try:
+        return _FACTORIES[runtime](order, why)
+    except EngineError:
+        raise
+    except Exception as error:  # a library of another version, or half installed, raises whatever it likes
+        reason = f"{type(error).__name__}: {last_line(error)}"
+        raise EngineError(
+            f"runtime '{runtime}' cannot start here ({reason}): `dspfusion doctor` tells what is installed"
+        ) from error
 
 
 def _tensorrt(order: _Order, why: str) -> FusionEngine:

@@ -307,6 +307,7 @@ def fuse(
     as_json: AsJson = None,
 ) -> None:
     """Fuse still pairs."""
+    from engines.base import fallbacks_of
     from pipeline.live import describe_engine, engine_for
     from pipeline.still import fuse_stills, list_pairs
     from pipeline.telemetry import check_report_target, write_report
@@ -321,7 +322,8 @@ def fuse(
             rows = fuse_stills(serving, pairs, calibration, on_done=lambda _: advance())
         console.print(f"fused {len(rows)} pair{'s' if len(rows) != 1 else ''} into {output}")
         if as_json:
-            write_report({"rows": rows, "engine": describe_engine(serving)}, as_json)
+            report = {"rows": rows, "engine": describe_engine(serving), "fallbacks": fallbacks_of(serving)}
+            write_report(report, as_json)
     finally:
         serving.close()
 

@@ -22,7 +22,7 @@ from pipeline.frame import AlignedPair, FusedFrame
 from pipeline.handover import Latest
 from pipeline.steady import Steady
 
-THUMBNAIL = (32, 24)
+THUMBNAIL = (16, 12)  # so coarse that what moves in a scene does not make it another one
 
 
 class PriorKeeper:
@@ -52,9 +52,8 @@ class PriorKeeper:
 
     def priors(self, infrared: np.ndarray, visible: np.ndarray, presence: tuple[bool, bool], index: int) -> Priors:
         """The priors to fuse frame `index` with; `presence` says which camera (infrared, visible) is live."""
-        thumbnail = np.dstack(
-            [cv2.resize(infrared, THUMBNAIL), cv2.resize(visible, THUMBNAIL, interpolation=cv2.INTER_LINEAR)]
-        )
+        # Means of areas: single pixels of a scene with texture change with every movement of the camera.
+        thumbnail = np.dstack([cv2.resize(one, THUMBNAIL, interpolation=cv2.INTER_AREA) for one in (infrared, visible)])
         new_scene = presence != self._presence or self._differs(thumbnail)
         first = self._current is None
         if first or new_scene or index - self._asked_at >= self._config.every_frames:
@@ -115,12 +114,18 @@ class Begun:
     index: int
     priors_age_frames: int
     started: float
-    image: Future[np.ndarray] | None = None  # None: computed when it is finished
+    network: Future[np.ndarray] | None = None  # what the network makes of it; None: computed when it is finished
+    image: Future[np.ndarray] | None = None  # the finished picture
 
     @property
     def presence(self) -> tuple[bool, bool]:
         """Which cameras it shows: infrared, visible."""
         return self.aligned.infrared is not None, self.aligned.visible is not None
+
+    @property
+    def computed(self) -> bool:
+        """Whether the network has done its part."""
+        return self.network is None or self.network.done()
 
     @property
     def done(self) -> bool:
@@ -131,13 +136,61 @@ class Begun:
         return self.image is None or bool(wait([self.image], timeout_s).done)
 
 
+class Fade:
+    """Outside the infrared camera's view there is nothing to fuse: the visible picture fades in.
+
+    Where the weight is 1 nothing changes, which is most of the picture, and is left out.
+    """
+
+    def __init__(self) -> None:
+        self._weight: np.ndarray | None = None
+        self._borders: list[tuple[slice, slice, np.ndarray]] = []  # where, and the weight of the visible picture there
+
+    def __call__(self, image: np.ndarray, visible: np.ndarray, weight: np.ndarray) -> np.ndarray:
+        """The faded picture: uint8 RGB (H, W, 3) both, weight of `image` float32 (H, W) in [0, 1]."""
+        if weight is not self._weight:
+            self._weight = weight
+            self._borders = [(rows, columns, 1 - weight[rows, columns]) for rows, columns in borders_of(weight == 1)]
+        if not self._borders:
+            return image
+        faded = image.copy()
+        for rows, columns, share in self._borders:
+            at = rows, columns
+            faded[at] = cv2.blendLinear(image[at], visible[at], weight[at], share)
+        return faded
+
+
+def borders_of(inside: np.ndarray) -> list[tuple[slice, slice]]:
+    """Rectangles that cover whatever is not `inside`, bool (H, W): the four sides around a full one, or all."""
+    height, width = inside.shape
+    rows = _longest_run(inside[:, width // 4 : -(width // 4)].all(axis=1))
+    columns = _longest_run(inside[rows].all(axis=0))
+    if rows.start == rows.stop or columns.start == columns.stop:
+        return [(slice(0, height), slice(0, width))]
+    sides = [
+        (slice(0, rows.start), slice(0, width)),
+        (slice(rows.stop, height), slice(0, width)),
+        (rows, slice(0, columns.start)),
+        (rows, slice(columns.stop, width)),
+    ]
+    return [(rows, columns) for rows, columns in sides if rows.start < rows.stop and columns.start < columns.stop]
+
+
+def _longest_run(flags: np.ndarray) -> slice:
+    """Where the longest run of true flags lies; empty where there is none."""
+    ends = np.flatnonzero(np.diff(np.concatenate(([0], flags.astype(np.int8), [0]))))
+    runs = [slice(int(start), int(stop)) for start, stop in zip(ends[::2], ends[1::2], strict=True)]
+    return max(runs, key=lambda run: run.stop - run.start, default=slice(0, 0))
+
+
 class Fuse:
     """One aligned pair in, one fused frame out.
 
     Args:
         engine: runs the network.
-        background: the priors are estimated in a thread of their own, and so are the pictures of `begin`.
-        on_done: called by such a thread whenever a picture is done.
+        background: the priors are estimated in a thread of their own, and so are the pictures of `begin`: the network
+            has as many threads as it takes pictures at once, and one more finishes them in their order.
+        on_done: called by such a thread whenever the network, or a picture, is done.
         first_index: the number of the first frame.
     """
 
@@ -152,8 +205,10 @@ class Fuse:
     ) -> None:
         self._engine = engine
         self.keeper = PriorKeeper(engine, config, background)
+        self._fade = Fade()
         self._steady = Steady(steady or SteadyConfig(enabled=False))
         self._workers = Workers("fuse", engine.description.at_once) if background else None
+        self._finisher = Workers("finish", 1) if background else None
         self._on_done = on_done
         self.index = first_index  # of the next frame
         self.psnr_db: float | None = None  # of the engine's picture of the first pair of a size against PyTorch's
@@ -170,23 +225,18 @@ class Fuse:
     def begin(self, aligned: AlignedPair) -> Begun:
         """Hands a pair to a thread of the network and returns at once; `finish` is called in the same order."""
         begun = self._begin(aligned)
-        if self._workers is not None:
-            begun.image = self._workers.submit(self._engine.fuse, begun.infrared, begun.visible, begun.priors)
-            begun.image.add_done_callback(lambda _: self._on_done())
+        if self._workers is not None and self._finisher is not None:
+            begun.network = self._workers.submit(self._engine.fuse, begun.infrared, begun.visible, begun.priors)
+            begun.image = self._finisher.submit(self._picture, begun)
+            for future in (begun.network, begun.image):
+                future.add_done_callback(lambda _: self._on_done())
         return begun
 
     def finish(self, begun: Begun) -> FusedFrame:
         """Waits for the picture and makes the frame of it; raises what the network raised."""
-        infrared, visible, presence = begun.infrared, begun.visible, begun.presence
-        image = begun.image.result() if begun.image else self._engine.fuse(infrared, visible, begun.priors)
-        if all(presence) and infrared.shape not in self._proven:
-            self.psnr_db = self._engine.prove(infrared, visible, begun.priors, image)
-            self._proven.add(infrared.shape)
-        if all(presence) and begun.aligned.weight is not None:
-            # Outside the infrared camera's view there is nothing to fuse: the visible picture fades in.
-            image = cv2.blendLinear(image, visible, begun.aligned.weight, 1 - begun.aligned.weight)
+        image, presence = begun.image.result() if begun.image else self._picture(begun), begun.presence
         return FusedFrame(
-            image=self._steady(image, presence),
+            image=image,
             aligned=begun.aligned,
             mode=begun.aligned.pair.mode,
             index=begun.index,
@@ -198,8 +248,20 @@ class Fuse:
 
     def close(self) -> None:
         self.keeper.close()
-        if self._workers is not None:
-            self._workers.close()
+        for workers in (self._workers, self._finisher):
+            if workers is not None:
+                workers.close()
+
+    def _picture(self, begun: Begun) -> np.ndarray:
+        """What is published of a pair; called in the order of the pairs."""
+        infrared, visible, presence = begun.infrared, begun.visible, begun.presence
+        image = begun.network.result() if begun.network else self._engine.fuse(infrared, visible, begun.priors)
+        if all(presence) and infrared.shape not in self._proven:
+            self.psnr_db = self._engine.prove(infrared, visible, begun.priors, image)
+            self._proven.add(infrared.shape)
+        if all(presence) and begun.aligned.weight is not None:
+            image = self._fade(image, visible, begun.aligned.weight)
+        return self._steady(image, presence)
 
     def _begin(self, aligned: AlignedPair) -> Begun:
         started = time.perf_counter()

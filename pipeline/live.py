@@ -45,6 +45,7 @@ log = logging.getLogger("dspfusion.live")
 
 INBOX_FRAMES = 8  # per camera: about a third of a second; more would only be late
 WAITING_PAIRS = 2  # one that is due and one behind it: a hiccup is caught up with, and latency stays bounded
+STANDING_NS = 100_000_000  # where pairs wait all this time, it is no hiccup: they would only make all others late
 LAST_PICTURE_S = 0.5  # at the end, what is in the network may still be published
 VISIBLE_PATIENCE_NS = 3_000_000_000  # at the start: longer than a camera takes to send its first key frame
 IDLE_S = 0.05  # how often the flow looks up when no frame comes
@@ -168,6 +169,7 @@ class LivePipeline:
         self._earlier_updates = self._earlier_failures = 0  # of the priors, with engines that were replaced
         self._inbox = Inbox()
         self._waiting: deque[FramePair] = deque()
+        self._waiting_since_ns: int | None = None  # that there always was one
         self._running: deque[_Running] = deque()  # in the network, oldest first
         self._finished_pair: FramePair | None = None  # the newest
         self._ledger = FrameLedger(self.telemetry)
@@ -297,13 +299,29 @@ class LivePipeline:
                 self._drop(pair, "starting")  # the network is compiled for the size of the visible picture
             else:
                 self._warm_up_with(pair)
+        self._drop_standing()
         while self._running and self._running[0].begun.done:
             self._finish(self._running.popleft())
 
+    def _drop_standing(self) -> None:
+        """Drops all but the newest pair that waits, where they have become a queue that stands.
+
+        A machine that is too slow for a second drops as many pairs either way, but the others are on time.
+        """
+        now_ns = time.monotonic_ns()
+        if not self._waiting:
+            self._waiting_since_ns = None
+        elif self._waiting_since_ns is None:
+            self._waiting_since_ns = now_ns
+        elif now_ns - self._waiting_since_ns > STANDING_NS:
+            self._waiting_since_ns = None
+            while len(self._waiting) > 1:
+                self._drop(self._waiting.popleft(), "overload")
+
     @property
     def _may_begin(self) -> bool:
-        at_once = self._engine.description.at_once  # beside them, one may be done and wait for its turn
-        return len(self._running) <= at_once and sum(not running.begun.done for running in self._running) < at_once
+        at_once = self._engine.description.at_once  # beside them, one may be finished or wait for its turn
+        return len(self._running) <= at_once and sum(not running.begun.computed for running in self._running) < at_once
 
     def _patience_s(self) -> float:
         if self._waiting and self._may_begin:

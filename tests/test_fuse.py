@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 import time
 
+import cv2
 import numpy as np
 import pytest
 
 from pipeline.config import PriorsConfig
 from pipeline.frame import AlignedPair, Frame, FramePair
-from pipeline.fuse import Fuse
+from pipeline.fuse import Fade, Fuse, borders_of
 from tests.rigs.engines import MaximumEngine
 
 
@@ -94,3 +95,45 @@ def test_outside_the_infrared_view_the_visible_picture_stands_alone():
     assert (image[:, :31] == 200).all()
     assert (image[:, 32:] == 100).all()
     assert image[0, 31, 0] in (149, 150, 151)  # half of 200 and half of 100, rounded
+
+
+def weight_of(name: str) -> np.ndarray:
+    """float32 (90, 120): where infrared sees, feathered over a few pixels."""
+    seen = np.zeros((90, 120), np.uint8)
+    if name == "turned":
+        cv2.fillConvexPoly(seen, np.array([[10, 2], [116, 8], [110, 86], [4, 80]]), 1)
+    elif name == "small":
+        seen[60:80, 5:25] = 1
+    elif name == "all":
+        return np.ones(seen.shape, np.float32)
+    return cv2.blur(seen.astype(np.float32), (5, 5))
+
+
+@pytest.mark.parametrize("name", ["turned", "small", "nowhere", "all"])
+def test_the_fade_is_that_of_the_whole_picture_whatever_is_left_out(name: str):
+    random, fade = np.random.default_rng(1), Fade()
+    weight = weight_of(name)
+    for _ in range(2):  # the second picture finds the borders of the first
+        fused, visible = (random.integers(0, 256, (90, 120, 3), np.uint8) for _ in range(2))
+        assert np.array_equal(fade(fused, visible, weight), cv2.blendLinear(fused, visible, weight, 1 - weight))
+
+
+def test_the_fade_leaves_the_middle_of_the_picture_alone():
+    weight = weight_of("turned")
+    left = np.ones(weight.shape, bool)
+    for rows, columns in borders_of(weight == 1):
+        left[rows, columns] = False
+    assert (weight[left] == 1).all()
+    assert left.mean() > 0.5
+
+
+def test_texture_that_moves_is_no_new_scene():
+    engine = MaximumEngine()
+    fuse = Fuse(engine, PriorsConfig(every_frames=1000), background=False)
+    texture = np.kron(np.indices((48, 64)).sum(0) % 2, np.ones((10, 10))).astype(np.uint8) * 120 + 60
+    for step in range(12):
+        heat = np.roll(texture, 2 * step, axis=0)
+        colour = np.dstack([heat] * 3)
+        pair = FramePair(Frame("infrared", heat, 0, 0), Frame("visible", colour, 0, 0), "fused")
+        fuse(AlignedPair(pair, heat, colour, None))
+    assert engine.estimates == 1
