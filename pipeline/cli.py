@@ -44,6 +44,7 @@ app.command("build-engine")(build_engine)
 app.command()(evaluate)
 app.command()(train)
 
+INTERRUPTED = 130  # the status that a shell gives to the end by Ctrl-C
 MACHINE_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EIO)
 
 Report = Annotated[
@@ -68,9 +69,11 @@ def main() -> None:
     before = set(threading.enumerate())
     try:
         result = app(prog_name="dspfusion", standalone_mode=False)
+        if result == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         print("dspfusion: stopped", file=sys.stderr)
-        result = 130
+        result = INTERRUPTED
     except Stopped as stopped:
         end_now(stopped.number)
     except Exception as error:

@@ -163,8 +163,8 @@ class Fade:
 def borders_of(inside: np.ndarray) -> list[tuple[slice, slice]]:
     """Rectangles that cover whatever is not `inside`, bool (H, W): the four sides around a full one, or all."""
     height, width = inside.shape
-    rows = _longest_run(inside[:, width // 4 : -(width // 4)].all(axis=1))
-    columns = _longest_run(inside[rows].all(axis=0))
+    rows = _longest_run(np.all(inside[:, width // 4 : -(width // 4)], axis=1))
+    columns = _longest_run(np.all(inside[rows], axis=0))
     if rows.start == rows.stop or columns.start == columns.stop:
         return [(slice(0, height), slice(0, width))]
     sides = [

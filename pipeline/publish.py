@@ -586,7 +586,7 @@ class Publisher:
     def _read_subscriptions(self) -> None:
         if self._socket is None:
             return
-        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[operator]
+        while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
             notice = self._socket.recv(zmq.DONTWAIT)
             kind, prefix = notice[:1], notice[1:]
             with self._lock:

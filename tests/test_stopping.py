@@ -174,3 +174,34 @@ def test_a_replay_that_is_stopped_in_the_middle_ends_in_order(folder):
     report = json.loads((folder / "report.json").read_text())
     assert 0 < report["fused"] < 12
     assert (folder / "fused.mp4").is_file()
+
+
+def test_a_signal_while_the_command_line_is_imported_is_one_line():
+    stop = "import os, signal; os.kill(os.getpid(), signal.SIGINT)"
+    importing = f"""
+import importlib.abc, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "typer":  # as if Ctrl-C came at this very moment
+            {stop}
+
+from pipeline.entry import main
+sys.meta_path.insert(0, Finder())
+main()
+"""
+    ended = subprocess.run([sys.executable, "-c", importing], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "dspfusion: stopped\n")
+
+
+def test_a_signal_while_a_command_imports_its_libraries_is_one_line():
+    importing = """
+import os, signal, sys
+from pipeline import cli, config
+
+config.load_config = lambda path: os.kill(os.getpid(), signal.SIGINT)
+sys.argv = ["dspfusion", "run", "rig.yaml"]
+cli.main()
+"""
+    ended = subprocess.run([sys.executable, "-c", importing], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "dspfusion: stopped\n")
