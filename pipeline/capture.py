@@ -24,7 +24,7 @@ from pipeline.errors import SourceEnded, SourceError
 from pipeline.frame import Frame
 from pipeline.handover import HandoverClosed
 from pipeline.redaction import redact
-from pipeline.shutter import Repeats
+from pipeline.shutter import Shutter
 from pipeline.sources.base import Source
 
 log = logging.getLogger("dspfusion.capture")
@@ -73,7 +73,7 @@ class Capture:
         self._opened = False
         self._recycle = False
         self._closing = Lock()
-        self._repeats = Repeats()
+        self._shutter = Shutter()
         self._last_index: int | None = None
         self._failures_in_a_row = 0
         self._outage_logged = False
@@ -116,7 +116,7 @@ class Capture:
             return phase
         if self._silent_ns() > self.stall_limit_ns:
             return "stalled"
-        return "shutter" if self._repeats.frozen else "live"
+        return "shutter" if self._shutter.frozen else "live"
 
     @property
     def stall_limit_ns(self) -> int:
@@ -189,7 +189,7 @@ class Capture:
             self.missed += frame.index - self._last_index - 1
         self._last_index = frame.index
         if frame.camera == "infrared":
-            self._repeats.add(frame.image)
+            self._shutter.add(frame.image)
 
     def _deliver(self, frame: Frame) -> None:
         try:

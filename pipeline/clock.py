@@ -20,7 +20,7 @@ from calibration.time_offset import MotionSignal, NoSharedMotion, TimeOffset, es
 from pipeline.background import give_way
 from pipeline.frame import Camera, Frame
 from pipeline.handover import HandoverClosed, Latest
-from pipeline.shutter import Repeats
+from pipeline.shutter import Shutter
 
 log = logging.getLogger("dspfusion.clock")
 
@@ -49,7 +49,7 @@ class MotionLog:
 
     def __init__(self, window_s: float | None = None) -> None:
         self._ego = EgoMotion()
-        self._repeats = Repeats()
+        self._shutter = Shutter()
         self._window_s = window_s
         self._samples: deque[tuple[float, float, float, bool]] = deque()
         self._broken = False
@@ -58,7 +58,7 @@ class MotionLog:
     def add(self, frame: Frame, offset_ms: float = 0.0) -> None:
         """Measures one frame. A picture that a closed shutter repeats shows an old moment, and says nothing."""
         self.frames += 1
-        if frame.camera == "infrared" and self._repeats.add(frame.image):
+        if frame.camera == "infrared" and self._shutter.add(frame.image):
             return
         self.note(frame.captured_ns / 1e9 - offset_ms / 1e3, self._ego.add(frame.image))
 

@@ -22,7 +22,7 @@ from pipeline import equalize
 from pipeline.conditioning import DeadPixels, Stripes
 from pipeline.config import GainConfig
 from pipeline.frame import Frame
-from pipeline.shutter import Repeats
+from pipeline.shutter import Shutter
 
 MAX_STEP_LEVELS = 1.5  # of 255, a frame
 HURRY_SHARE = 0.3  # of the picture without contrast
@@ -42,7 +42,7 @@ class InfraredGain:
         self._dead_pixels = DeadPixels()
         self._stripes = {"columns": Stripes(axis=1), "rows": Stripes(axis=0)}
         self._transfer: _Transfer = _transfer_of(self.config)
-        self._repeats = Repeats()
+        self._shutter = Shutter()
         self._was_frozen = False
         self._median: float | None = None
         self._last_frame: Frame | None = None
@@ -61,9 +61,9 @@ class InfraredGain:
         if self._last_result is not None and frame is self._last_frame:
             return self._last_result
         self._times_ms = {}
-        repeat = self._repeats.add(frame.image)
+        repeat = self._shutter.add(frame.image)
         after_shutter = not repeat and self._after_shutter(frame)
-        self._was_frozen = self._repeats.frozen or (self._was_frozen and repeat > 0)
+        self._was_frozen = self._shutter.frozen or (self._was_frozen and repeat > 0)
         image = self._repaired(frame, learn=not repeat, after_shutter=after_shutter)
         with self._timed("gain"):
             picture, info = self._converted(frame, image, repeat > 0, after_shutter)

@@ -29,7 +29,6 @@ from pipeline.background import give_way
 from pipeline.config import RegistrationConfig
 from pipeline.frame import AlignedPair
 from pipeline.handover import HandoverClosed, Latest
-from pipeline.shutter import Repeats
 
 log = logging.getLogger("dspfusion.registration")
 
@@ -71,7 +70,6 @@ class Refinement:
         self._behind = False  # ...and whether the maps are on their way there
         self._thumbnail: np.ndarray | None = None
         self._last_ns = 0
-        self._repeats = Repeats()
         self._calm = 0  # keyframes in a row that moved nothing
         self._keyframe_ms: list[float] = []
         self.failures = 0
@@ -149,8 +147,7 @@ class Refinement:
         first = self._thumbnail is None
         if not first and passed_s < shortest_s:
             return False
-        stale = self._repeats.add(pair.infrared.image) > 0  # the shutter is closed, or the camera repeats itself
-        if stale or pair.infrared.suspect or pair.visible.suspect:
+        if pair.infrared.suspect or pair.visible.suspect:
             return False
         thumbnail = thumbnail_of(aligned.visible)
         new = self._thumbnail is None or scene_difference(thumbnail, self._thumbnail) > NEW_SCENE_LEVELS

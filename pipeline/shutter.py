@@ -5,15 +5,19 @@ recalibrate the core (0.5 to 3 s), equal pictures in a row are normal: the camer
 old.
 
 A lossy codec makes each repeat a little different: it spends the bits that nothing moves for on detail, and with every
-key picture the noise of the coding changes. Such a repeat is told by how little the picture changes, against what this
-camera's pictures changed by just before. Means over small blocks are compared, in which coding noise cancels. A scene
-that comes to rest changes little as well, but everywhere, by the sensor's noise; that is told after a few pictures.
-What a codec has smoothed so far that a live, resting scene repeats exactly cannot be told from a closed shutter.
+key picture the noise of the coding changes. Such a repeat is told by two things, against what this camera's pictures
+did just before. It changes little; and where the view was moving, the change no longer goes on in the same way: two
+differences of a moving view are alike, those of a coding are not. Means over small blocks are compared, in which coding
+noise cancels. A scene that comes to rest changes little as well, but everywhere, by the sensor's noise; that is told
+after a few pictures. What a codec has smoothed so far that a live, resting scene repeats exactly cannot be told from a
+closed shutter: where it stood still before it is taken for live, and after 3.6 s in any case, for no shutter is closed
+for longer.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
 
@@ -28,13 +32,18 @@ LIVE_PICTURES = 25  # whose changes are remembered...
 FEWEST_PICTURES = 3  # ...once there are so many, and their lower quartile is what a live picture changes by
 SUDDEN = 0.3  # share of it that a repeat stays below...
 CODING_LEVELS = 0.4  # ...and the most that coding anew changes the blocks of a picture by
+STILL_LEVELS = 0.03  # where live pictures change by less, one without any change says nothing
+SKIPPED_SHARE = 0.5  # of the blocks: a first picture that changes in fewer is of a scene that stands still
+STEADY = 0.3  # likeness of one difference and those before it, from which on a view is moving...
+BROKEN = 0.4  # ...and the share of it that the likeness of a repeat stays below...
+BROKEN_LEVELS = 1.6  # ...if it changes by less than so much of what a live picture does
+MEMORY = 0.7  # of the differences before, from one picture to the next
 FEWEST_BLOCKS = 64  # a smaller picture is no camera's
 MOVED_PICTURES = 2  # above it in a row: the shutter is open again; one alone is a key picture
 RUN_PICTURES = 4  # since the shutter closed that are remembered
 REST_PICTURES = 10  # after so many, noise is told from refined detail...
 REST_SHARE = 0.7  # ...by the share of the blocks that change: noise is everywhere
-LONGEST_PICTURES = 90  # 3.6 s at 25 Hz: no shutter is closed for longer...
-LEAST_NOISE = 0.02  # ...and a picture that changes by more grey levels than this is live
+LONGEST_PICTURES = 90  # 3.6 s at 25 Hz: no shutter is closed for longer
 
 
 class Repeats:
@@ -65,6 +74,10 @@ class _Change:
 
     levels: float  # grey levels, on average
     share: float  # of the blocks that differ at all
+    likeness: float | None  # -1 to 1: whether they differ as the ones before them did; None: there are none
+
+
+NO_CHANGE = _Change(0.0, 0.0, None)
 
 
 class Shutter:
@@ -73,7 +86,8 @@ class Shutter:
     def __init__(self) -> None:
         self._exact = Repeats()
         self._blocks: np.ndarray | None = None
-        self._live: deque[float] = deque(maxlen=LIVE_PICTURES)  # changes, in grey levels
+        self._trend: np.ndarray | None = None  # the differences before, the newest ones most
+        self._live: deque[_Change] = deque(maxlen=LIVE_PICTURES)
         self._run: deque[_Change] = deque(maxlen=RUN_PICTURES)  # since the shutter closed
         self._moved = 0  # pictures in a row
         self._lossy = False
@@ -84,11 +98,8 @@ class Shutter:
         exact = self._exact.add(image)
         if image.dtype != np.uint8:
             self.count = exact
-        elif exact:
-            self.count += 1
-            self._run.append(_Change(0.0, 0.0))
         else:
-            self._judge(self._change_of(image))
+            self._judge(NO_CHANGE if exact else self._change_of(image))
         return self.count
 
     @property
@@ -99,42 +110,64 @@ class Shutter:
         if change is None:
             self._open()
             self._live.clear()
-        elif len(self._live) < FEWEST_PICTURES or (self.count and not self._lossy and self._stands_out(change)):
+        elif change is NO_CHANGE:
+            self._repeat(change) if self.count or self._was_moving else self._open(change)
+        elif len(self._live) < FEWEST_PICTURES:
             self._open(change)
-        elif self._stands_out(change):
+            if change.share < SKIPPED_SHARE:  # a codec skips what does not move: this scene stands still
+                self._live.extend([change] * FEWEST_PICTURES)
+        elif self._goes_on(change):
             self._moved += 1
-            if not self.count or self._moved >= MOVED_PICTURES:
-                self._open(change)
-            else:
+            if self.count and self._moved < MOVED_PICTURES and (self._lossy or not self._stands_out(change)):
                 self.count += 1
+            else:
+                self._open(change)
         else:
             self._moved = 0
             self._lossy = True
-            self._run.append(change)
-            self.count += 1
-            if self._at_rest():
-                self._live.clear()
-                self._open(change)
+            self._repeat(change)
 
-    def _stands_out(self, change: _Change) -> bool:
-        return change.levels >= min(SUDDEN * self._usual_change, CODING_LEVELS)
+    def _repeat(self, change: _Change) -> None:
+        self._run.append(change)
+        self.count += 1
+        if self._at_rest():
+            self._live.clear()
+            self._live.extend([change] * FEWEST_PICTURES)
+            self._open(change)
 
     @property
-    def _usual_change(self) -> float:
-        return sorted(self._live)[len(self._live) // 4]
+    def _was_moving(self) -> bool:
+        """Whether live pictures are known to change, or nothing is known of them."""
+        return len(self._live) < FEWEST_PICTURES or self._usual(lambda one: one.levels) > STILL_LEVELS
+
+    def _goes_on(self, change: _Change) -> bool:
+        """Whether a picture changes as live ones do."""
+        levels, likeness = self._usual(lambda one: one.levels), self._usual(lambda one: one.likeness or 0.0)
+        if change.levels < min(SUDDEN * levels, CODING_LEVELS):
+            return False
+        broken = likeness >= STEADY and change.likeness is not None and abs(change.likeness) < BROKEN * likeness
+        return not broken or change.levels >= BROKEN_LEVELS * levels
+
+    def _stands_out(self, change: _Change) -> bool:
+        """Whether a picture changes by more than coding it anew would."""
+        return change.levels >= BROKEN_LEVELS * max(self._usual(lambda one: one.levels), CODING_LEVELS)
+
+    def _usual(self, of: Callable[[_Change], float]) -> float:
+        return sorted(of(one) for one in self._live)[len(self._live) // 4]
 
     def _open(self, change: _Change | None = None) -> None:
+        if self.count:
+            self._trend = None
         self.count = self._moved = 0
         self._run.clear()
         if change is not None:
-            self._live.append(change.levels)
+            self._live.append(change)
 
     def _at_rest(self) -> bool:
         """Whether what looked like a closed shutter is a scene that stands still."""
         if self.count < REST_PICTURES:
             return False
-        noisy = median(change.share for change in self._run) > REST_SHARE
-        return noisy or (self.count >= LONGEST_PICTURES and median(change.levels for change in self._run) > LEAST_NOISE)
+        return self.count >= LONGEST_PICTURES or median(change.share for change in self._run) > REST_SHARE
 
     def _change_of(self, image: np.ndarray) -> _Change | None:
         """From the picture before; None: there is none of this size."""
@@ -145,6 +178,19 @@ class Shutter:
         before = self._blocks
         self._blocks = cv2.resize(image[::2].astype(np.float32), size, interpolation=cv2.INTER_AREA)
         if before is None or before.shape != self._blocks.shape:
+            self._trend = None
             return None
-        difference = cv2.absdiff(before, self._blocks)
-        return _Change(cv2.mean(difference)[0], cv2.countNonZero(difference) / difference.size)
+        difference = cv2.subtract(self._blocks, before)
+        levels = cv2.norm(difference, cv2.NORM_L1) / difference.size
+        share = cv2.countNonZero(difference) / difference.size
+        return _Change(levels, share, self._likeness(difference))
+
+    def _likeness(self, difference: np.ndarray) -> float | None:
+        """Of a difference and those before it."""
+        trend = self._trend
+        if trend is None or self._moved:  # all that has moved since the shutter closed is no trend
+            self._trend = difference
+            return None
+        self._trend = cv2.addWeighted(trend, MEMORY, difference, 1 - MEMORY, 0)
+        lengths = cv2.norm(difference) * cv2.norm(trend)
+        return float(cv2.sumElems(cv2.multiply(difference, trend))[0]) / lengths if lengths else None

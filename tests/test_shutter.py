@@ -22,6 +22,9 @@ CODECS = {
     "film": ("libx264", {"crf": "25", "preset": "medium"}),
     "key pictures often": ("libx264", {"qp": "20", "g": "12", "preset": "veryfast", "tune": "zerolatency"}),
     "mpeg4": ("mpeg4", {"b": "1M"}),
+    "600 kbit/s": ("libx264", {"b": "600k", "maxrate": "600k", "bufsize": "300k", "tune": "zerolatency"}),
+    "150 kbit/s": ("libx264", {"b": "150k", "maxrate": "150k", "bufsize": "75k", "tune": "zerolatency"}),
+    "strong": ("libx264", {"crf": "30", "preset": "veryfast", "tune": "zerolatency"}),
 }
 
 
@@ -84,6 +87,26 @@ def test_a_closed_shutter_is_seen_through_a_lossy_codec(codec: str):
     assert not any(found[CLOSED.stop + 1 :])  # one picture of doubt: it could have been a key picture
 
 
+@pytest.mark.parametrize("speed_px", [0.3, 1.0, 5.0])
+@pytest.mark.parametrize("codec", ["rtsp camera", "600 kbit/s", "150 kbit/s"])
+def test_the_first_picture_of_a_closed_shutter_is_told_at_any_speed(codec: str, speed_px: float):
+    found = repeats(coded(codec, speed_px))
+    assert all(found[CLOSED.start : CLOSED.stop])
+    assert not any(found[: CLOSED.start])
+    assert not any(found[CLOSED.stop + 1 :])
+
+
+@pytest.mark.parametrize("noise", [0.5, 1.5, 3.0])
+@pytest.mark.parametrize("codec", ["600 kbit/s", "150 kbit/s", "mpeg4"])
+def test_a_night_scene_that_stands_still_is_live_behind_any_rate(codec: str, noise: float):
+    assert sum(repeats(coded(codec, 0.0, noise, closed=range(0)))) <= 2
+
+
+def test_a_scene_that_a_codec_repeats_exactly_is_live_again_before_four_seconds_and_stays_so():
+    found = repeats(coded("strong", 0.0, closed=range(0)))
+    assert not any(found[95:])
+
+
 @pytest.mark.parametrize(
     ("codec", "speed_px"), [("rtsp camera", 0.0), ("rtsp camera", 0.3), ("constant bit rate", 0.0), ("mpeg4", 0.0)]
 )
@@ -113,7 +136,7 @@ def test_a_picture_of_another_size_begins_anew():
     assert shutter.add(np.ascontiguousarray(pictures[60][: -4 * BLOCK_PX])) == 0
 
 
-@pytest.mark.parametrize("codec", ["rtsp camera", "constant bit rate"])
+@pytest.mark.parametrize("codec", ["rtsp camera", "constant bit rate", "600 kbit/s", "150 kbit/s", "strong"])
 def test_no_pair_of_a_coded_recording_with_a_closed_shutter_is_called_fused(codec: str):
     infrared = coded(codec)
     black = np.zeros((*SIZE[::-1], 3), np.uint8)
