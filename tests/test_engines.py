@@ -368,8 +368,9 @@ def test_auto_falls_back_to_pytorch_and_records_why(weights, monkeypatch, caplog
 @pytest.mark.parametrize("content", ["raise Exception('half installed')", "__version__ = '2020.1'"])
 def test_an_openvino_that_is_broken_or_too_old_is_one_line(content, tmp_path, monkeypatch):
     (tmp_path / "openvino.py").write_text(content)
+    import_openvino()  # the real one, which is put back afterwards
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.delitem(sys.modules, "openvino", raising=False)
+    monkeypatch.delitem(sys.modules, "openvino")
     with pytest.raises(EngineError, match=r"OpenVINO cannot be imported \((half installed|version 2020.1)"):
         import_openvino()
 
