@@ -144,10 +144,13 @@ def _haze(picture: Picture, strength: float, random: np.random.Generator) -> Pic
 
 def _compression(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
     """Blocks and lost colour detail of JPEG at quality 40 down to 8."""
-    quality = round(_within(strength, 40, 8))
-    coded = cv2.imencode(".jpg", np.rint(picture * 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    decoded = np.asarray(cv2.imdecode(coded, cv2.IMREAD_COLOR), np.float32)
-    return np.asarray(decoded / 255, np.float32)
+    return _jpeg(picture, round(_within(strength, 40, 8)))
+
+
+def _jpeg(picture: Picture, quality: int) -> Picture:
+    pixels = np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
+    coded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return np.asarray(cv2.imdecode(coded, cv2.IMREAD_UNCHANGED), np.float32) / np.float32(255)
 
 
 def _dead_pixels(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
@@ -189,13 +192,28 @@ def _stripes(picture: Picture, strength: float, random: np.random.Generator) -> 
     return picture + (offsets[:, None] if across_rows else offsets[None]) + noise
 
 
+def _camera(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
+    """What every camera adds: a little sharpening, a little noise, and often the blocks of a good compression."""
+    soft = cv2.GaussianBlur(picture, (0, 0), random.uniform(0.6, 1.5))
+    picture = picture + random.uniform(0, 0.6) * strength * (picture - soft)
+    picture = picture + random.uniform(0, 0.015) * strength * _normal(picture.shape, random)
+    if random.random() < 0.4:
+        picture = _jpeg(picture, round(_within(strength, 97, 85)))
+    return np.asarray(picture, np.float32)
+
+
+CAMERA = "camera"  # no degradation to be named: what is there in every picture, and not wanted in a fused one
 _VISIBLE: dict[str, Kind] = dict(
     zip(
-        VISIBLE_DEGRADATIONS,
-        (_none, _low_light, _over_exposure, _blur, _noise, _rain, _haze, _compression),
+        (*VISIBLE_DEGRADATIONS, CAMERA),
+        (_none, _low_light, _over_exposure, _blur, _noise, _rain, _haze, _compression, _camera),
         strict=True,
     )
 )
 _INFRARED: dict[str, Kind] = dict(
-    zip(INFRARED_DEGRADATIONS, (_none, _low_contrast, _noise, _stripes, _blur, _dead_pixels, _banding), strict=True)
+    zip(
+        (*INFRARED_DEGRADATIONS, CAMERA),
+        (_none, _low_contrast, _noise, _stripes, _blur, _dead_pixels, _banding, _camera),
+        strict=True,
+    )
 )

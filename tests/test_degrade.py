@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS
-from engines.degrade import degrade_infrared, degrade_visible
+from engines.degrade import CAMERA, degrade_infrared, degrade_visible
 
 
 def scene() -> np.ndarray:
@@ -64,6 +64,16 @@ def test_equal_seeds_give_equal_infrared_pictures(kind: str):
 @pytest.mark.parametrize("kind", ["low_light", "noise", "rain", "haze"])
 def test_other_seeds_give_other_pictures(kind: str):
     assert not np.array_equal(degrade_visible(colours(), kind, 1), degrade_visible(colours(), kind, 2))
+
+
+@pytest.mark.parametrize(("degrade", "picture"), [(degrade_visible, colours()), (degrade_infrared, scene())])
+def test_what_every_camera_adds_is_slight_and_no_kind_to_be_named(degrade, picture):
+    changes = [np.sqrt(np.mean((degrade(picture, CAMERA, seed, 1.0) - picture) ** 2)) for seed in range(20)]
+    assert 0.003 < np.mean(changes) < 0.02  # 0.8 to 5 grey levels
+    faint = [np.sqrt(np.mean((degrade(picture, CAMERA, seed, 0.0) - picture) ** 2)) for seed in range(20)]
+    assert max(faint) < 0.012  # at most the best compression
+    assert min(faint) < 1e-6
+    assert CAMERA not in (*VISIBLE_DEGRADATIONS, *INFRARED_DEGRADATIONS)
 
 
 def test_none_changes_nothing():

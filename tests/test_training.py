@@ -282,6 +282,14 @@ def test_a_training_can_begin_with_the_weights_of_another(config: TrainConfig):
     assert take_fitting(following.network, weights) == len(following.average)
 
 
+def test_what_an_encoder_learned_already_is_not_warmed_up_again(config: TrainConfig):
+    weights = train(config).weights
+    following = Training(changed(config, start=str(weights), warm_up_items=4, warm_up_iterations=2), pairs_of(config))
+    assert following.begin()
+    found = following.network.state_dict()
+    assert all(torch.equal(value, found[name]) for name, value in load_file(weights).items())
+
+
 def test_the_command_reads_its_configuration(config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     path = tmp_path / "train.yaml"
     path.write_text(
@@ -486,6 +494,21 @@ def test_draws_stay_as_they_were_when_a_training_is_resumed_by_a_newer_version()
     batch = draw_batch(pairs, 8, DRAW, 29, 0)
     assert batch.infrared_kind.tolist() == [0, 0, 2, 3, 3, 2, 4, 2]
     assert batch.visible_kind.tolist() == [4, 2, 4, 0, 0, 5, 7, 4]
+
+
+def test_a_camera_touches_its_share_of_the_pictures_and_nothing_else_changes():
+    random = np.random.default_rng(0)
+    pair = Pair(random.integers(0, 255, (100, 120), np.uint8), random.integers(0, 255, (100, 120, 3), np.uint8))
+    draw = dataclasses.replace(DRAW, clean_share=1.0, missing_share=0)
+    untouched = draw_batch([pair], 32, draw, 1, 0)
+    assert torch.equal(untouched.region_visible, untouched.clean_region_visible)
+    touched = draw_batch([pair], 32, dataclasses.replace(draw, camera_share=0.5), 1, 0)
+    for seen, clean, kind in (
+        (touched.region_infrared, touched.clean_region_infrared, touched.infrared_kind),
+        (touched.region_visible, touched.clean_region_visible, touched.visible_kind),
+    ):
+        assert 8 <= sum(not torch.equal(*pictures) for pictures in zip(seen, clean, strict=True)) <= 24
+        assert not kind.any()  # no degradation to be named
 
 
 def test_the_brighter_source_has_no_intensity_loss():

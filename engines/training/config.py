@@ -65,7 +65,7 @@ class TrainConfig(BaseModel):
     held_back: Count = 0  # pairs that are kept out of training to judge it
     validate_minutes: float = Field(10.0, gt=0)
     teacher: TeacherConfig | None = None
-    start: str | None = None  # weights to begin with; tensors that no longer fit begin anew
+    start: str | None = None  # weights to begin with, instead of the warm-up; tensors that no longer fit begin anew
     warm_up_items: Count = 4096  # regions that the degradation encoder learns to name before stage I
     warm_up_iterations: Count = 400
     draw: Draw = Draw()

@@ -95,22 +95,24 @@ class Training:
         self.optimizer = self._optimizer()
 
     def begin(self, stopping: Callable[[], bool] = lambda: False) -> bool:
-        """Before the first iteration: the weights to start from, and the warm-up of the degradation encoder.
+        """Before the first iteration: the weights to start from, or else the warm-up of the degradation encoder.
 
         Returns:
             Whether it came to its end, that is, was not asked to stop.
         """
+        ended = True
         if self.config.start is not None:
             taken = take_fitting(self.network, Path(self.config.start))
             self.journal.say(f"{taken} tensors from {Path(self.config.start).name}")
-        ended = warm_up(
-            self.network,
-            self.pairs,
-            self.config,
-            self.team.device,
-            self.journal.say,
-            lambda: self.team.agree(0, stopping())[1],
-        )
+        else:
+            ended = warm_up(
+                self.network,
+                self.pairs,
+                self.config,
+                self.team.device,
+                self.journal.say,
+                lambda: self.team.agree(0, stopping())[1],
+            )
         self.team.share(self.network.state_dict())
         self.average = {name: value.clone() for name, value in self.network.state_dict().items()}
         return ended
