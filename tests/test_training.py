@@ -202,7 +202,7 @@ def test_a_checkpoint_that_does_not_belong_here_is_refused_in_one_line(config: T
     training = Training(config, pairs_of(config))
     training.save(path)
     with pytest.raises(EngineError, match=r"another configuration \(batch: 2 then, 4 now, draw.crop_px: 32 then, 16"):
-        read_checkpoint(path, changed(config, batch=4, draw={"region_px": 64, "crop_px": 16}))
+        read_checkpoint(path, changed(config, batch=4, draw={"region_px": 64, "crop_px": 16, "camera_share": 0}))
     with pytest.raises(EngineError, match="a checkpoint of 'tiny', not of 'nano'"):
         read_checkpoint(path, changed(config, variant="nano"))
     read_checkpoint(path, changed(config, minutes=99, threads=2, precision="bf16"))  # where and how long may change
