@@ -199,6 +199,7 @@ def test_a_signal_while_a_command_imports_its_libraries_is_one_line():
 import os, signal, sys
 from pipeline import cli, config
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts the tests in the background has it ignored
 config.load_config = lambda path: os.kill(os.getpid(), signal.SIGINT)
 sys.argv = ["dspfusion", "run", "rig.yaml"]
 cli.main()
