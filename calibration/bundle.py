@@ -12,25 +12,51 @@ from dataclasses import dataclass, field, replace
 import cv2
 import numpy as np
 
-from calibration.rig import CalibrationError, CameraModel, Rig
+from calibration.rig import COEFFICIENTS, CalibrationError, CameraModel, Lens, Rig
 
 CAMERAS = ("visible", "infrared")
-PER_CAMERA = 9  # fx fy cx cy k1 k2 p1 p2 k3
-POSE = slice(18, 24)  # of the rig: rotation vector, translation (metres)
-SHARED = 24
+PER_CAMERA = 13  # fx fy cx cy; eight entries for the lens, as COEFFICIENTS names them; last, 1 for an equidistant lens
+LENS, EQUIDISTANT = slice(4, 12), 12
+POSE = slice(26, 32)  # of the rig: rotation vector, translation (metres)
+SHARED = 32
 HUBER_SIGMAS = 3.5  # a point farther off counts less
 MAX_STEPS = 30
 
-# What is free of a lens, from stiff to free: the entries fx fy cx cy k1 k2 p1 p2 k3; fx and fy move together
-# where `square` says that pixels are square.
-LENS_MODELS: dict[str, tuple[str, bool]] = {
-    "square pixels, k1": ("fx fy cx cy k1", True),
-    "square pixels, k1 k2": ("fx fy cx cy k1 k2", True),
-    "square pixels, k1 k2 p1 p2": ("fx fy cx cy k1 k2 p1 p2", True),
-    "k1 k2 p1 p2": ("fx fy cx cy k1 k2 p1 p2", False),
-    "k1 k2 p1 p2 k3": ("fx fy cx cy k1 k2 p1 p2 k3", False),
+
+@dataclass(frozen=True)
+class LensModel:
+    """What is free of a lens."""
+
+    lens: Lens
+    free: str  # coefficients; the focal lengths and the centre always are
+    square: bool  # pixels: fx and fy move together
+
+    @property
+    def columns(self) -> list[int]:
+        """Entries of the camera that are free; the second one follows the first where pixels are square."""
+        names = COEFFICIENTS[self.lens]
+        return [*range(4), *(LENS.start + names.index(name) for name in self.free.split())]
+
+
+# From stiff to free.
+LENS_MODELS: dict[str, LensModel] = {
+    "square pixels, k1": LensModel("plumb_bob", "k1", True),
+    "square pixels, k1 k2": LensModel("plumb_bob", "k1 k2", True),
+    "square pixels, k1 k2 p1 p2": LensModel("plumb_bob", "k1 k2 p1 p2", True),
+    "k1 k2 p1 p2": LensModel("plumb_bob", "k1 k2 p1 p2", False),
+    "k1 k2 p1 p2 k3": LensModel("plumb_bob", "k1 k2 p1 p2 k3", False),
+    "rational, square pixels": LensModel("rational_polynomial", "k1 k2 p1 p2 k3 k4 k5 k6", True),
+    "rational": LensModel("rational_polynomial", "k1 k2 p1 p2 k3 k4 k5 k6", False),
+    "equidistant, square pixels, k1": LensModel("equidistant", "k1", True),
+    "equidistant, square pixels, k1 k2": LensModel("equidistant", "k1 k2", True),
+    "equidistant, square pixels, k1 k2 k3 k4": LensModel("equidistant", "k1 k2 k3 k4", True),
+    "equidistant, k1 k2 k3 k4": LensModel("equidistant", "k1 k2 k3 k4", False),
 }
-_NAMES = ["fx", "fy", "cx", "cy", "k1", "k2", "p1", "p2", "k3"]
+
+
+def models_of(lens: Lens) -> list[str]:
+    """The lens models to choose from, from stiff to free."""
+    return [name for name, model in LENS_MODELS.items() if model.lens == lens]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +83,7 @@ class Problem:
 class State:
     """Where the adjustment stands."""
 
-    shared: np.ndarray  # (24,)
+    shared: np.ndarray  # (32,)
     poses: np.ndarray  # (V, 6): board -> visible camera; -> infrared camera where only that saw the board
 
 
@@ -67,7 +93,7 @@ class Adjusted:
 
     state: State
     residuals: list[dict[str, np.ndarray]]  # (N, 2) pixels, measured minus predicted, by view and camera
-    basis: np.ndarray  # (24, P): free parameters -> shared ones
+    basis: np.ndarray  # (32, P): free parameters -> shared ones
     reduced: np.ndarray  # (V, P, P): what each view says about the free parameters
     gradient: np.ndarray  # (V, P)
     prior: tuple[np.ndarray, np.ndarray]  # (P, P) and (P,): the same of what was known before
@@ -102,15 +128,15 @@ def adjust(problem: Problem, start: State, max_steps: int = MAX_STEPS) -> Adjust
 
 
 # What is known of lenses before any view: standard deviations of the centre (share of the picture's width, about its
-# middle) and of k1 k2 p1 p2 k3 (about 0). Weak: with views enough to calibrate from they change nothing.
+# middle) and of a lens's coefficients (about 0). Weak: with views enough to calibrate from they change nothing.
 PRIOR_CENTRE = 0.025
-PRIOR_DISTORTION = (0.5, 0.5, 0.003, 0.003, 0.5)
+PRIOR_COEFFICIENT, PRIOR_TANGENTIAL, PRIOR_EQUIDISTANT = 0.5, 0.003, 0.03
 
 UNDETERMINED = "the views do not determine the lenses: show the board tilted, near and far, and in all corners"
 
 
 def resampled(result: Adjusted, weights: np.ndarray) -> np.ndarray:
-    """The shared parameters (24,) if the views counted `weights` (V,) times each: one step from the best fit."""
+    """The shared parameters (32,) if the views counted `weights` (V,) times each: one step from the best fit."""
     matrix = np.einsum("v,vij->ij", weights, result.reduced) + result.prior[0]
     vector = weights @ result.gradient + result.prior[1]
     scale = np.sqrt(np.maximum(np.diag(matrix), 1e-30))
@@ -119,7 +145,7 @@ def resampled(result: Adjusted, weights: np.ndarray) -> np.ndarray:
 
 
 def covariance(result: Adjusted) -> np.ndarray:
-    """(24, 24) of the shared parameters, for residuals as large as they are."""
+    """(32, 32) of the shared parameters, for residuals as large as they are."""
     matrix = result.reduced.sum(axis=0) + result.prior[0]
     scale = np.sqrt(np.maximum(np.diag(matrix), 1e-30))
     inverse = np.linalg.pinv(matrix / np.outer(scale, scale), rcond=1e-12) / np.outer(scale, scale)
@@ -128,7 +154,10 @@ def covariance(result: Adjusted) -> np.ndarray:
 
 def camera_of(shared: np.ndarray, camera: str, size: tuple[int, int]) -> CameraModel:
     matrix, distortion = lens_of(shared, camera)
-    return CameraModel(*size, matrix, distortion)
+    lens: Lens = "plumb_bob" if not distortion[5:].any() else "rational_polynomial"
+    if is_equidistant(distortion):
+        lens = "equidistant"
+    return CameraModel(*size, matrix, distortion[: len(COEFFICIENTS[lens])], lens)
 
 
 def rig_of(shared: np.ndarray, sizes: dict[str, tuple[int, int]], plane_distance_m: float) -> Rig:
@@ -140,20 +169,15 @@ def rig_of(shared: np.ndarray, sizes: dict[str, tuple[int, int]], plane_distance
 
 
 def shared_of(lenses: dict[str, tuple[np.ndarray, np.ndarray]], pose: np.ndarray) -> np.ndarray:
-    """(24,) from (matrix, distortion) by camera and the pose (4, 4) of the rig."""
+    """(32,) from (matrix, distortion) by camera and the pose (4, 4) of the rig."""
     shared = np.zeros(SHARED)
     for camera, (matrix, distortion) in lenses.items():
         at = CAMERAS.index(camera) * PER_CAMERA
         shared[at : at + 4] = matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]
-        shared[at + 4 : at + 9] = np.ravel(distortion)[:5]
+        shared[at + LENS.start : at + LENS.start + distortion.size] = np.ravel(distortion)
+        shared[at + EQUIDISTANT] = is_equidistant(distortion)
     shared[POSE] = np.concatenate([cv2.Rodrigues(pose[:3, :3])[0].ravel(), pose[:3, 3]])
     return shared
-
-
-def free_names(lens_model: str) -> tuple[list[str], bool]:
-    """(names of the free entries, whether fx = fy) of a lens model."""
-    names, square = LENS_MODELS[lens_model]
-    return names.split(), square
 
 
 def subset(problem: Problem, keep: np.ndarray) -> Problem:
@@ -163,9 +187,15 @@ def subset(problem: Problem, keep: np.ndarray) -> Problem:
 
 
 def lens_of(shared: np.ndarray, camera: str) -> tuple[np.ndarray, np.ndarray]:
-    at = CAMERAS.index(camera) * PER_CAMERA
-    fx, fy, cx, cy = shared[at : at + 4]
-    return np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]]), shared[at + 4 : at + 9]
+    """(matrix, distortion): four coefficients of an equidistant lens, or eight of a plumb bob or rational one."""
+    of = shared[CAMERAS.index(camera) * PER_CAMERA :][:PER_CAMERA]
+    fx, fy, cx, cy = of[:4]
+    matrix = np.array([[fx, 0, cx], [0, fy, cy], [0, 0, 1.0]])
+    return matrix, of[LENS][:4] if of[EQUIDISTANT] > 0.5 else of[LENS]
+
+
+def is_equidistant(distortion: np.ndarray) -> bool:
+    return bool(distortion.size == len(COEFFICIENTS["equidistant"]))
 
 
 def _basis(problem: Problem) -> np.ndarray:
@@ -173,13 +203,13 @@ def _basis(problem: Problem) -> np.ndarray:
     for index, camera in enumerate(CAMERAS):
         if problem.fixed_lenses or not any(camera in view.points for view in problem.views):
             continue
-        names, square = free_names(problem.lenses[camera])
-        for name in names:
-            if name == "fy" and square:
+        model = LENS_MODELS[problem.lenses[camera]]
+        for entry in model.columns:
+            if entry == 1 and model.square:
                 continue
             column = np.zeros(SHARED)
-            column[index * PER_CAMERA + _NAMES.index(name)] = 1
-            if name == "fx" and square:
+            column[index * PER_CAMERA + entry] = 1
+            if entry == 0 and model.square:
                 column[index * PER_CAMERA + 1] = 1
             columns.append(column)
     if any(len(view.points) == 2 for view in problem.views):
@@ -188,14 +218,19 @@ def _basis(problem: Problem) -> np.ndarray:
 
 
 def _before(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
-    """(24,) what is expected of the shared parameters, and (24,) how firmly: one over the variance."""
+    """(32,) what is expected of the shared parameters, and (32,) how firmly: one over the variance."""
     mean, information = np.zeros(SHARED), np.zeros(SHARED)
     for index, camera in enumerate(CAMERAS):
+        if camera not in problem.lenses:
+            continue
         width, height = problem.sizes[camera]
         at = index * PER_CAMERA
         mean[at + 2 : at + 4] = (width - 1) / 2, (height - 1) / 2
         information[at + 2 : at + 4] = 1 / (PRIOR_CENTRE * width) ** 2
-        information[at + 4 : at + 9] = 1 / np.square(PRIOR_DISTORTION)
+        lens = LENS_MODELS[problem.lenses[camera]].lens
+        radial = PRIOR_EQUIDISTANT if lens == "equidistant" else PRIOR_COEFFICIENT
+        for number, name in enumerate(COEFFICIENTS[lens], at + LENS.start):
+            information[number] = 1 / (PRIOR_TANGENTIAL if name.startswith("p") else radial) ** 2
     return mean, information
 
 
@@ -278,7 +313,7 @@ class _Blocks:
 def _predict(
     board: np.ndarray, shared: np.ndarray, pose: np.ndarray, camera: str, alone: bool
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(pixels (N, 2), their derivatives by the shared parameters (2N, 24) and by the view's pose (2N, 6))."""
+    """(pixels (N, 2), their derivatives by the shared parameters (2N, 32) and by the view's pose (2N, 6))."""
     matrix, distortion = lens_of(shared, camera)
     rotation, translation = pose[:3], pose[3:]
     by_rig = None
@@ -287,15 +322,25 @@ def _predict(
         rotation, translation = composed[0].ravel(), composed[1].ravel()
         first = np.block([[composed[2], composed[3]], [composed[6], composed[7]]])
         by_rig = np.block([[composed[4], composed[5]], [composed[8], composed[9]]])
-    pixels, jacobian = cv2.projectPoints(board, rotation, translation, matrix, distortion)
+    pixels, by_pose, by_lens = projected(board, rotation, translation, matrix, distortion)
     by_shared = np.zeros((2 * len(board), SHARED))
     at = CAMERAS.index(camera) * PER_CAMERA
-    by_shared[:, at : at + 9] = jacobian[:, 6:15]
-    by_pose = jacobian[:, :6]
+    by_shared[:, at : at + by_lens.shape[1]] = by_lens
     if by_rig is not None:
         by_shared[:, POSE] = by_pose @ by_rig
         by_pose = by_pose @ first
-    return pixels.reshape(-1, 2), by_shared, by_pose
+    return pixels, by_shared, by_pose
+
+
+def projected(
+    board: np.ndarray, rotation: np.ndarray, translation: np.ndarray, matrix: np.ndarray, distortion: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(pixels (N, 2), their derivatives by the pose (2N, 6), and by fx fy cx cy and the coefficients)."""
+    if is_equidistant(distortion):
+        seen, jacobian = cv2.fisheye.projectPoints(board[:, None], rotation, translation, matrix, distortion)
+        return seen.reshape(-1, 2), jacobian[:, 8:14], jacobian[:, :8]
+    seen, jacobian = cv2.projectPoints(board, rotation, translation, matrix, distortion)
+    return seen.reshape(-1, 2), jacobian[:, :6], jacobian[:, 6:]
 
 
 def predicted_points(
@@ -307,6 +352,9 @@ def predicted_points(
 
 def pose_of(board: np.ndarray, points: np.ndarray, matrix: np.ndarray, distortion: np.ndarray) -> np.ndarray:
     """(6,) board -> camera: rotation vector and translation that fit the points (N, 2) best; NaN ones are left out."""
+    if is_equidistant(distortion):
+        size = (round(2 * matrix[0, 2]) + 1, round(2 * matrix[1, 2]) + 1)  # says nothing here
+        return pose_seen(board, points, CameraModel(*size, matrix, distortion, "equidistant"))
     known = np.isfinite(points).all(axis=1)
     if known.sum() < 4:
         return np.array([0, 0, 0, 0, 0, 1.0])

@@ -18,8 +18,8 @@ import cv2
 import numpy as np
 
 from calibration import bundle
-from calibration.bundle import LENS_MODELS, Adjusted, Problem, State, View
-from calibration.rig import CalibrationError, CameraModel, Rig
+from calibration.bundle import Adjusted, Problem, State, View, is_equidistant
+from calibration.rig import CalibrationError, CameraModel, Lens, Rig
 from calibration.targets import Board, Detection, Refusal
 from calibration.views import BoardView, Detections, choose, coverage
 
@@ -39,8 +39,11 @@ MAX_FOCAL_SIGMA = 0.05  # relative; beyond, the views do not determine the lens
 MAX_MAP_SIGMA_PX = 8.0
 WIDE_DEG = 50.0  # from the axis to a corner: what `calibrate solve` fits may not follow the lens...
 WIDE_HELDOUT_PX = 0.8  # ...and does not where left-out views are off by so much
+FISHEYE_VIEWS_DEG = (40, 60, 80, 100, 120, 145, 175, 210)  # from the left to the right edge, to begin with
 BLIND_SHARE = 0.02  # of a picture, without a ray
-OTHER_LENSES = "calibrate with Kalibr (--models pinhole-equi) or ROS (fisheye model), and give run and replay that file"
+OTHER_LENSES = (
+    "give --lens equidistant, or calibrate with Kalibr (--models pinhole-equi) and give run and replay that file"
+)
 UNEVEN_CELLS = 0.6  # share of the picture's cells that views should reach
 
 Progress = Callable[[str], None]
@@ -89,6 +92,7 @@ def solve(
     max_views: int = 60,
     seed: int = 1,
     progress: Progress | None = None,
+    lenses: dict[str, Lens] | None = None,
 ) -> Solution:
     """Calibrates both cameras and the pose between them.
 
@@ -99,6 +103,7 @@ def solve(
         max_views: the most different ones are used.
         seed: of the bootstrap.
         progress: told what is being done.
+        lenses: by camera; plumb bob where not given.
 
     Raises:
         CalibrationError: the views cannot give a rig that could be trusted; says why and what to do.
@@ -108,16 +113,17 @@ def solve(
     tell("views")
     views = choose(detections, max_views)
     _refuse_too_few(views, detections)
-    problem = _problem(views, detections, board)
+    kinds: dict[str, Lens] = {"visible": "plumb_bob", "infrared": "plumb_bob", **(lenses or {})}
+    problem = _problem(views, detections, board, kinds)
     tell("lenses")
-    lenses, models, alone_px = {}, {}, {}
+    fitted, models, alone_px = {}, {}, {}
     for camera in CAMERAS:
-        models[camera], lenses[camera], alone_px[camera] = _lens_of(camera, problem)
+        models[camera], fitted[camera], alone_px[camera] = _lens_of(camera, problem, kinds[camera])
     tell("pose")
-    ordered, pose, outliers = _ordered(problem, lenses, board, detections)
+    ordered, pose, outliers = _ordered(problem, fitted, board, detections)
     problem = replace(ordered, lenses=models)
     tell("outliers")
-    problem, result, more = _without_outliers(problem, lenses, pose)
+    problem, result, more = _without_outliers(problem, fitted, pose)
     outliers += more
     _refuse_moving(result, alone_px)
     tell("held-out views")
@@ -170,19 +176,19 @@ def _refuse_too_few(views: list[BoardView], detections: Detections) -> None:
     )
 
 
-def _problem(views: list[BoardView], detections: Detections, board: Board) -> Problem:
+def _problem(views: list[BoardView], detections: Detections, board: Board, kinds: dict[str, Lens]) -> Problem:
     items = []
     for view in views:
         points = {camera: view.points(camera) for camera in CAMERAS}
         items.append(View(view.name, {camera: value for camera, value in points.items() if value is not None}))
-    stiff = next(iter(LENS_MODELS))
-    return Problem(board.points(), tuple(items), detections.sizes, dict.fromkeys(CAMERAS, stiff))
+    stiff = {camera: bundle.models_of(kinds[camera])[0] for camera in CAMERAS}
+    return Problem(board.points(), tuple(items), detections.sizes, stiff)
 
 
 # --- one lens ---
 
 
-def _lens_of(camera: str, problem: Problem) -> tuple[str, tuple[np.ndarray, np.ndarray], float]:
+def _lens_of(camera: str, problem: Problem, kind: Lens) -> tuple[str, tuple[np.ndarray, np.ndarray], float]:
     """(lens model, (matrix, distortion), median rms of its views): the model that is best on left-out views.
 
     A model too stiff costs the map more than it shows here (0.2 px far away for 1 % in this error, measured), so even
@@ -191,21 +197,20 @@ def _lens_of(camera: str, problem: Problem) -> tuple[str, tuple[np.ndarray, np.n
     alone = _only(camera, problem)
     if len(alone.views) < 3:
         raise CalibrationError(f"the {camera} camera sees the board in {len(alone.views)} views: 3 are the least")
-    start = _first_lens(camera, alone)
+    start = _first_fisheye(camera, alone) if kind == "equidistant" else _first_lens(camera, alone)
+    names = bundle.models_of(kind)
     best: tuple[float, str] | None = None
-    for model in LENS_MODELS:
-        if model == list(LENS_MODELS)[-1] and len(alone.views) < 10:
-            continue  # k3 from a handful of views bends the corners
+    for model in names:
+        if model != names[0] and model == names[-1] and len(alone.views) < 10:
+            continue  # many coefficients from a handful of views bend the corners
         error = _heldout_alone(camera, replace(alone, lenses={camera: model}), start)
         if best is None or error < best[0]:
             best = error, model
     assert best is not None
     result = bundle.adjust(replace(alone, lenses={camera: best[1]}), start)
-    at = CAMERAS.index(camera) * bundle.PER_CAMERA
-    values = result.state.shared[at : at + bundle.PER_CAMERA]
-    matrix = np.array([[values[0], 0, values[2]], [0, values[1], values[3]], [0, 0, 1]])
-    _refuse_odd_lens(camera, matrix, problem.sizes[camera])
-    return best[1], (matrix, values[4:]), float(np.median(_view_rms(result.residuals, camera)))
+    matrix, distortion = bundle.lens_of(result.state.shared, camera)
+    _refuse_odd_lens(camera, matrix, problem.sizes[camera], kind)
+    return best[1], (matrix, distortion), float(np.median(_view_rms(result.residuals, camera)))
 
 
 def _only(camera: str, problem: Problem) -> Problem:
@@ -232,6 +237,23 @@ def _first_lens(camera: str, alone: Problem) -> State:
     if not (np.isfinite(poses).all() and np.isfinite(matrix).all()):
         raise CalibrationError(f"the {camera} camera: {bundle.UNDETERMINED}")
     return State(bundle.shared_of({camera: (matrix, distortion)}, np.eye(4)), poses)
+
+
+def _first_fisheye(camera: str, alone: Problem) -> State:
+    """Of a few focal lengths, the one under which an undistorted equidistant lens explains the views best."""
+    width, height = alone.sizes[camera]
+    best: tuple[float, State] | None = None
+    for view_deg in FISHEYE_VIEWS_DEG:
+        focal = width / math.radians(view_deg)
+        matrix = np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1.0]])
+        lens = matrix, np.zeros(4)
+        poses = np.array([bundle.pose_of(alone.board, view.points[camera], *lens) for view in alone.views])
+        errors = [_after_pose(alone.board, view.points[camera], *lens) for view in alone.views]
+        error = float(np.median(np.linalg.norm(np.concatenate(errors), axis=1)))
+        if best is None or error < best[0]:
+            best = error, State(bundle.shared_of({camera: lens}, np.eye(4)), poses)
+    assert best is not None
+    return best[1]
 
 
 def _opencv_points(alone: Problem, camera: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -275,15 +297,17 @@ def _after_pose(board: np.ndarray, points: np.ndarray, matrix: np.ndarray, disto
     """(N, 2) residuals of the known points after fitting the board's pose."""
     pose = bundle.pose_of(board, points, matrix, distortion)
     known = np.isfinite(points).all(axis=1)
-    seen = cv2.projectPoints(board[known], pose[:3], pose[3:], matrix, distortion)[0].reshape(-1, 2)
-    return points[known] - seen
+    return points[known] - bundle.projected(board[known], pose[:3], pose[3:], matrix, distortion)[0]
 
 
-def _refuse_odd_lens(camera: str, matrix: np.ndarray, size: tuple[int, int]) -> None:
+def _refuse_odd_lens(camera: str, matrix: np.ndarray, size: tuple[int, int], kind: Lens) -> None:
     focal, (cx, cy) = matrix[0, 0], matrix[:2, 2]
-    fov_deg = 2 * math.degrees(math.atan(size[0] / 2 / focal)) if focal > 0 else 0.0
+    half = size[0] / 2 / focal if focal > 0 else 0.0
+    fov_deg, widest_deg = 2 * math.degrees(math.atan(half)), 140
+    if kind == "equidistant":
+        fov_deg, widest_deg = 2 * math.degrees(half), 220
     off = max(abs(cx / size[0] - 0.5), abs(cy / size[1] - 0.5))
-    if not 2 < fov_deg < 140 or off > 0.3:
+    if not 2 < fov_deg < widest_deg or off > 0.3:
         raise CalibrationError(
             f"the {camera} lens comes out with a view of {fov_deg:.0f} degrees and its centre {100 * off:.0f} % off "
             f"the middle, which no lens has: {bundle.UNDETERMINED}"
@@ -400,7 +424,8 @@ def _mirrored(
     flipped = matrix.copy()
     flipped[0, 2] = width - 1 - matrix[0, 2]
     bent = np.array(distortion, float)
-    bent[3] = -bent[3]
+    if not is_equidistant(bent):
+        bent[3] = -bent[3]
     return _agreeing(turned, problem.board, lenses | {"infrared": (flipped, bent)}, target)
 
 
@@ -658,7 +683,7 @@ def _reach(model: CameraModel) -> tuple[float, float]:
 def _refuse_fisheye(rig: Rig, heldout: dict[str, float]) -> None:
     for camera, model in (("visible", rig.visible), ("infrared", rig.infrared)):
         angle_deg, _ = _reach(model)
-        if angle_deg > WIDE_DEG and heldout["rms"] > WIDE_HELDOUT_PX:
+        if model.lens != "equidistant" and angle_deg > WIDE_DEG and heldout["rms"] > WIDE_HELDOUT_PX:
             raise CalibrationError(
                 f"the {camera} camera sees {2 * angle_deg:.0f} degrees from corner to corner, and left-out views are "
                 f"off by {heldout['rms']:.1f} px: a fisheye lens is not followed by what is fitted here: {OTHER_LENSES}"

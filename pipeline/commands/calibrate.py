@@ -14,6 +14,7 @@ from pipeline.commands.check import check
 from pipeline.commands.time import time
 
 if TYPE_CHECKING:
+    from calibration.rig import Lens
     from calibration.targets import Board
     from calibration.views import Detections
 
@@ -79,6 +80,13 @@ def solve(
     output: Rig = Path("rig.yaml"),
     spacing: Spacing = None,
     plane: Plane = 30.0,
+    lens: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="plumb_bob, rational_polynomial or equidistant (a fisheye, from about 90 degrees); of one camera: "
+            "visible=equidistant. May be given twice."
+        ),
+    ] = None,
     max_views: Annotated[int, typer.Option("--views", min=4, max=200, help="Use so many, the most different.")] = 60,
     homography: Annotated[
         bool, typer.Option("--homography", help="No lenses, one homography: right at the board's distance only.")
@@ -94,6 +102,7 @@ def solve(
     from pipeline.telemetry import write_report
     from pipeline.terminal import console, progress
 
+    lenses = _lenses(lens or [])
     seen = load_detections(detections)
     origin = _origin(detections)
     if homography:
@@ -101,7 +110,7 @@ def solve(
     else:
         with progress("solve") as (start, advance):
             start(len(SOLVE_STEPS))
-            solution = solve_rig(seen, spacing, _plane(plane), max_views, progress=lambda _: advance())
+            solution = solve_rig(seen, spacing, _plane(plane), max_views, progress=lambda _: advance(), lenses=lenses)
         quality = solution.quality()
         save_rig(solution.rig, output, origin | {"cameras": _camera_notes(seen, quality), "quality": quality})
         result = quality | {"outliers": [{"view": view, "why": why} for view, why in solution.outliers]}
@@ -216,6 +225,21 @@ def _board(kind: str, size: str, spacing_m: float | None) -> Board:
     if kind not in ("chessboard", "circles"):
         raise ConfigError(f"--board {kind}: give chessboard or circles")
     return Board(kind, int(columns), int(rows), spacing_m)  # type: ignore[arg-type]
+
+
+def _lenses(given: list[str]) -> dict[str, Lens]:
+    from typing import cast
+
+    from calibration.rig import COEFFICIENTS
+    from pipeline.errors import ConfigError
+
+    chosen: dict[str, Lens] = {}
+    for text in given:
+        camera, _, lens = text.rpartition("=")
+        if lens not in COEFFICIENTS or camera not in ("", "visible", "infrared"):
+            raise ConfigError(f"--lens {text}: give {' or '.join(COEFFICIENTS)}; of one camera: visible=equidistant")
+        chosen |= dict.fromkeys([camera] if camera else ["visible", "infrared"], cast("Lens", lens))
+    return chosen
 
 
 def _plane(distance_m: float) -> float:
