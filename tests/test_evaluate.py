@@ -455,6 +455,19 @@ def test_mistakes_are_told_in_one_line(arguments, told, command):
     assert "\n" not in str(result.exception)
 
 
+@pytest.mark.parametrize(
+    ("condition", "spared"), [("ir_SN", "visible"), ("vi_Rain", "infrared"), ("LL_SN", None), ("Rain_SN", None)]
+)
+def test_a_camera_that_is_not_degraded_can_be_given_its_clean_picture(condition: str, spared: str | None):
+    grey, colour = np.zeros((8, 8), np.uint8), np.zeros((8, 8, 3), np.uint8)
+    case = cases.Case(cases.Pair("a", grey, colour), condition, grey + 9, colour + 9)
+    given = cases.spared_clean(case)
+    assert (given.infrared.max(), given.visible.max()) == (
+        0 if spared == "infrared" else 9,
+        0 if spared == "visible" else 9,
+    )
+
+
 @pytest.mark.realdata
 def test_the_published_pictures_score_as_published(data_dir: Path):
     rows = evaluate.score_cases(evaluate.ready_picture, cases.published_cases(data_dir))
