@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -108,4 +108,35 @@ class FusionEngine(Protocol):
 
     def close(self) -> None:
         """Frees what the runtime holds. The engine serves no more afterwards."""
+        ...
+
+
+class PixelMap(Protocol):
+    """Where each visible pixel lies in the infrared picture, as for cv2.remap. Never changed once made."""
+
+    @property
+    def map_x(self) -> np.ndarray: ...  # float32 (H, W) of the visible picture's size
+
+    @property
+    def map_y(self) -> np.ndarray: ...
+
+
+@runtime_checkable
+class RegisteringEngine(FusionEngine, Protocol):
+    """An engine that can also register: the infrared picture goes to its device as it is, and is warped there."""
+
+    def fuse_unregistered(
+        self, infrared: np.ndarray, visible: np.ndarray, priors: Priors, pixel_map: PixelMap
+    ) -> np.ndarray:
+        """Fuses one pair whose infrared picture still has to be warped.
+
+        Args:
+            infrared: uint8 (h, w), of any size.
+            visible: uint8 RGB (H, W, 3).
+            priors: as for `fuse`.
+            pixel_map: from visible to infrared pixels. The same object is uploaded once; a correction is a new one.
+
+        Returns:
+            The fused picture, uint8 RGB (H, W, 3).
+        """
         ...

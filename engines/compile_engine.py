@@ -11,14 +11,13 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 
 from engines.arrays import last_line
-from engines.cache import EngineCache, cache_folder, private_folder
-from engines.gpu_frames import GPUEngine, Graph, Size, frame_graph_in
+from engines.cache import cache_folder, private_folder
+from engines.gpu_frames import GPUEngine, GPUOptions, Graph, Size, frame_graph_in
 from engines.pytorch_engine import PriorGraph
 
 log = logging.getLogger("dspfusion.engines")
@@ -36,20 +35,9 @@ class CompileEngine(GPUEngine):
 
     RUNTIME = "compile"
 
-    def __init__(
-        self,
-        variant: str = "nano",
-        weights: Path | None = None,
-        precision: str = "auto",
-        diffusion_steps: int = 4,
-        why: str = "asked for",
-        cache: EngineCache | None = None,
-        device: str = "cuda",
-        backend: Backend = "inductor",
-        tune: bool = False,
-    ) -> None:
+    def __init__(self, backend: Backend = "inductor", tune: bool = False, **options: Unpack[GPUOptions]) -> None:
         self._backend, self._tune = backend, tune
-        super().__init__(variant, weights, precision, diffusion_steps, why, cache, device)
+        super().__init__(**options)
 
     def _start(self) -> None:
         self._keep_kernels()

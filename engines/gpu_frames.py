@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from engines.arrays import (
     shape_of,
     weights_sha256,
 )
-from engines.base import EngineDescription, EngineError, Priors
+from engines.base import EngineDescription, EngineError, PictureError, PixelMap, Priors
 from engines.cache import EngineCache, cache_key, source_sha256
 from engines.dspfusion.loading import load
 from engines.dspfusion.network import DSPFusion
@@ -81,16 +81,23 @@ class Warp(nn.Module):
     """Samples the infrared picture where the visible camera's pixels see it; outside, its border is repeated.
 
     Args:
-        map_x, map_y: float32 (H, W), the infrared pixel for every visible one.
-        size: height and width of the infrared picture.
+        size: height and width of the visible picture.
+        infrared_size: of the infrared picture.
     """
 
     grid: Tensor
 
-    def __init__(self, map_x: NDArray[np.float32], map_y: NDArray[np.float32], size: Size) -> None:
+    def __init__(self, size: Size, infrared_size: Size) -> None:
         super().__init__()
-        scaled = [2 * place / max(1, side - 1) - 1 for place, side in ((map_x, size[1]), (map_y, size[0]))]
-        self.register_buffer("grid", torch.from_numpy(np.stack(scaled, -1).astype(np.float32))[None])
+        self._infrared_size = infrared_size
+        self.register_buffer("grid", torch.zeros(1, *size, 2))
+
+    def follow(self, pixel_map: PixelMap) -> None:
+        """Takes another map over, in place: a captured graph goes on reading where it was recorded."""
+        rows, columns = self._infrared_size
+        places = ((pixel_map.map_x, columns), (pixel_map.map_y, rows))
+        scaled = [2 * place / max(1, side - 1) - 1 for place, side in places]
+        self.grid.copy_(torch.from_numpy(np.stack(scaled, -1).astype(np.float32))[None])
 
     def forward(self, infrared: Tensor) -> Tensor:
         """uint8 (h, w) -> uint8 (H, W)."""
@@ -99,17 +106,6 @@ class Warp(nn.Module):
         with torch.autocast(infrared.device.type, enabled=False):
             warped = F.grid_sample(picture, self.grid, "bilinear", "border", align_corners=True)
         return warped[0, 0].round().to(torch.uint8)
-
-
-class Warped(nn.Module):
-    """A graph that is given the infrared picture as its camera saw it."""
-
-    def __init__(self, graph: Graph, warp: Warp) -> None:
-        super().__init__()
-        self.inner, self.warp = graph, warp
-
-    def forward(self, infrared: Tensor, visible: Tensor, *tokens: Tensor) -> Any:
-        return self.inner(self.warp(infrared), visible, *tokens)
 
 
 class _Slot:
@@ -128,11 +124,12 @@ class FramePath:
     """Carries frames of one size over the device. Calls may overlap; each returns its own picture.
 
     Args:
-        graph: uint8 (h, w), uint8 (H, W, 3) and the token sets, float32 -> uint8 (H, W, 3), on the device.
+        graph: uint8 (H, W), uint8 (H, W, 3) and the token sets, float32 -> uint8 (H, W, 3), on the device.
         size: height and width of the visible and of the fused picture.
-        infrared_size: of the infrared picture, if the graph warps it; None: `size`.
         tokens: the shape of every token set.
         device: "cuda", or "cpu" without streams and capture.
+        infrared_size: of infrared pictures that are warped here, by the map that comes with them; None: they are
+            registered already.
         capture: replay the whole path as one CUDA graph; False where the runtime has its own.
     """
 
@@ -150,6 +147,8 @@ class FramePath:
         up_bytes = self._parts[-1].end
         self._input = torch.zeros(up_bytes, dtype=torch.uint8, device=device)
         self._views = [part.view_of(self._input) for part in self._parts]
+        self._warp = None if infrared_size is None else Warp(size, infrared_size).to(device)
+        self._followed: PixelMap | None = None
         self._slots: queue.Queue[_Slot] = queue.Queue()
         for _ in range(SLOTS):
             self._slots.put(_Slot(up_bytes, (*size, 3), device))
@@ -160,7 +159,13 @@ class FramePath:
         )
         self._replay = self._prepare(capture)
 
-    def __call__(self, infrared: Image, visible: Image, tokens: Sequence[NDArray[np.float32]]) -> Image:
+    def __call__(
+        self,
+        infrared: Image,
+        visible: Image,
+        tokens: Sequence[NDArray[np.float32]],
+        pixel_map: PixelMap | None = None,
+    ) -> Image:
         """Fuses one pair; waits for its own frame alone."""
         slot = self._slots.get()
         try:
@@ -168,20 +173,21 @@ class FramePath:
             for part, array in zip(self._parts, arrays, strict=True):
                 np.copyto(part.view_of(slot.up).numpy(), array)
             with self._order:
-                self._enqueue(slot)
+                self._enqueue(slot, pixel_map)
             if slot.downloaded is not None:
                 slot.downloaded.synchronize()
             return slot.down.numpy().copy()
         finally:
             self._slots.put(slot)
 
-    def _enqueue(self, slot: _Slot) -> None:
+    def _enqueue(self, slot: _Slot, pixel_map: PixelMap | None) -> None:
         with torch.inference_mode():
             with self._on(self._upload):
                 slot.on_device.copy_(slot.up, non_blocking=True)
                 self._record(slot.uploaded, self._upload)
             with self._on(self._compute):
                 self._wait(slot.uploaded, self._compute)
+                self._follow(pixel_map)
                 self._input.copy_(slot.on_device)
                 slot.result.copy_(self._replay())
                 self._record(slot.computed, self._compute)
@@ -190,9 +196,15 @@ class FramePath:
                 slot.down.copy_(slot.result, non_blocking=True)
                 self._record(slot.downloaded, self._download)
 
+    def _follow(self, pixel_map: PixelMap | None) -> None:
+        """In the stream that computes, so that the frames before keep their map. Maps change rarely: a plain copy."""
+        if self._warp is not None and pixel_map is not None and pixel_map is not self._followed:
+            self._warp.follow(pixel_map)
+            self._followed = pixel_map
+
     def _run(self) -> Tensor:
         *tokens, infrared, visible = self._views
-        fused: Tensor = self._graph(infrared, visible, *tokens)
+        fused: Tensor = self._graph(infrared if self._warp is None else self._warp(infrared), visible, *tokens)
         return fused
 
     def _prepare(self, capture: bool) -> Callable[[], Tensor]:
@@ -253,8 +265,21 @@ def _layout(tokens: Sequence[Size], infrared: Size, visible: tuple[int, int, int
 
 
 class _Programs(NamedTuple):
-    frame: FramePath
+    graph: Graph
     priors: Callable[[Image, Image], list[NDArray[np.float32]]]
+    frames: dict[Size | None, FramePath]  # by the size of infrared pictures that are warped; None: registered ones
+
+
+class GPUOptions(TypedDict, total=False):
+    """What every GPU engine is given; see `GPUEngine`."""
+
+    variant: str
+    weights: Path | None
+    precision: str
+    diffusion_steps: int
+    why: str
+    cache: EngineCache | None
+    device: str
 
 
 class GPUEngine(ABC):
@@ -296,7 +321,6 @@ class GPUEngine(ABC):
         self._proofs = Proofs(self.cache)
         self._compiling = threading.Lock()
         self._closed = False
-        self._warp: tuple[Warp, Size] | None = None
         self.description = EngineDescription(
             runtime=self.RUNTIME,
             precision=self._choose_precision(precision),
@@ -310,22 +334,29 @@ class GPUEngine(ABC):
 
     def estimate_priors(self, infrared: Image, visible: Image) -> Priors:
         """See `FusionEngine`."""
-        infrared, visible = self._checked(infrared, visible)
+        infrared, visible = checked_pair(infrared, visible)
         with gpu_errors(self._variant):
             return priors_from(self._for_size(visible.shape[:2]).priors(infrared, visible))
 
     def fuse(self, infrared: Image, visible: Image, priors: Priors) -> Image:
-        """See `FusionEngine`. The first picture of a size waits until the network is compiled for it.
-
-        After `warp_infrared`, the infrared picture is the camera's own and of the size given there.
-        """
-        infrared, visible = self._checked(infrared, visible)
+        """See `FusionEngine`. The first picture of a size waits until the network is compiled for it."""
+        infrared, visible = checked_pair(infrared, visible)
         tokens = checked_priors(priors, self._token_widths)
         with gpu_errors(self._variant):
-            return self._for_size(visible.shape[:2]).frame(infrared, visible, tokens)
+            return self._frame_path(visible.shape[:2])(infrared, visible, tokens)
+
+    def fuse_unregistered(self, infrared: Image, visible: Image, priors: Priors, pixel_map: PixelMap) -> Image:
+        """See `RegisteringEngine`."""
+        size = pixel_map.map_x.shape
+        _, visible = checked_pair(np.empty(size, np.uint8), visible)
+        if infrared.dtype != np.uint8 or infrared.ndim != 2:
+            raise PictureError(f"infrared must be uint8 (h, w), got {infrared.dtype = } and {infrared.shape = }")
+        tokens = checked_priors(priors, self._token_widths)
+        with gpu_errors(self._variant):
+            return self._frame_path(size, infrared.shape)(infrared, visible, tokens, pixel_map)
 
     def prove(self, infrared: Image, visible: Image, priors: Priors, fused: Image) -> float:
-        """See `FusionEngine`. For pairs that were registered before: not after `warp_infrared`."""
+        """See `FusionEngine`."""
 
         def ask_pytorch() -> Image:
             reference = PyTorchEngine(self._variant, self._weights, "fp32", diffusion_steps=self._diffusion_steps)
@@ -333,23 +364,10 @@ class GPUEngine(ABC):
 
         return self._proofs.find(self, self._key("proof", visible.shape[:2]), fused, ask_pytorch)
 
-    def warp_infrared(self, map_x: NDArray[np.float32] | None, map_y: NDArray[np.float32] | None, size: Size) -> None:
-        """From now on `fuse` and `estimate_priors` take the infrared picture unregistered; it is warped on the device.
-
-        Args:
-            map_x, map_y: float32 (H, W) of the visible picture's size, the infrared pixel for every visible one (as
-                for cv2.remap); None ends it.
-            size: height and width of the infrared picture.
-        """
-        with self._compiling:
-            ends = map_x is None or map_y is None
-            self._warp = None if ends else (Warp(map_x, map_y, size).to(self.device), size)  # type: ignore[arg-type]
-            self._programs = {}
-
     def prepare(self, height: int, width: int) -> None:
         """Compiles for a picture size ahead of its first picture."""
         with gpu_errors(self._variant):
-            self._for_size((height, width))
+            self._frame_path((height, width))
 
     def close(self) -> None:
         """See `FusionEngine`."""
@@ -397,18 +415,26 @@ class GPUEngine(ABC):
                 raise EngineError("this engine was closed: create another one")
             if (ready := self._programs.get(size)) is not None:
                 return ready  # the other thread asked first
-            degradation, semantic = ((16, width) for width in self._token_widths)
-            frame, priors, infrared_size = self._frame_graph(size), self._prior_graph(size), size
-            if self._warp is not None:
-                warp, infrared_size = self._warp
-                frame, priors = Warped(frame, warp), Warped(priors, warp)
-            programs = _Programs(
-                FramePath(frame, size, (degradation, degradation, semantic), self.device, infrared_size, self.CAPTURES),
-                self._prior_path(priors),
-            )
+            programs = _Programs(self._frame_graph(size), self._prior_path(self._prior_graph(size)), {})
             kept = list(self._programs.items())[-(SIZES_KEPT - 1) :]
             self._programs = dict([*kept, (size, programs)])  # replaced, never changed: readers take no lock
             return programs
+
+    def _frame_path(self, size: tuple[int, ...], infrared_size: tuple[int, ...] | None = None) -> FramePath:
+        """Of pictures of a size; with `infrared_size`, of infrared pictures that are warped to it."""
+        height, width = size
+        programs = self._for_size((height, width))
+        warped = None if infrared_size is None else (infrared_size[0], infrared_size[1])
+        path = programs.frames.get(warped)
+        if path is None:
+            with self._compiling:
+                path = programs.frames.get(warped)  # the other thread may have asked first
+                if path is None:
+                    degradation, semantic = ((16, width) for width in self._token_widths)
+                    tokens = (degradation, degradation, semantic)
+                    path = FramePath(programs.graph, (height, width), tokens, self.device, warped, self.CAPTURES)
+                    programs.frames[warped] = path
+        return path
 
     def _prior_path(self, graph: Graph) -> Callable[[Image, Image], list[NDArray[np.float32]]]:
         """Priors take their time: plain copies, on a stream that yields to the frames'."""
@@ -420,17 +446,6 @@ class GPUEngine(ABC):
                 return [output.float().cpu().numpy() for output in outputs]
 
         return run
-
-    def _checked(self, infrared: Image, visible: Image) -> tuple[Image, Image]:
-        if self._warp is None:
-            return checked_pair(infrared, visible)
-        (warp, size), (height, width) = self._warp, visible.shape[:2]
-        if infrared.dtype != np.uint8 or infrared.shape != size or warp.grid.shape[1:3] != (height, width):
-            raise ValueError(
-                f"the warp takes uint8 {size} to {tuple(warp.grid.shape[1:3])}, got {infrared.shape = } and "
-                f"{visible.shape = }"
-            )
-        return np.ascontiguousarray(infrared), checked_pair(np.empty((height, width), np.uint8), visible)[1]
 
     def _choose_precision(self, asked: str) -> Precision:
         capability = torch.cuda.get_device_capability(self.device) if self.device.type == "cuda" else (8, 0)

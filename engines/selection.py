@@ -6,11 +6,15 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from engines import gpu_probe
 from engines.arrays import last_line
 from engines.base import EngineError, FusionEngine
 from engines.sizes import SizeRange, range_of
+
+if TYPE_CHECKING:
+    from engines.gpu_frames import GPUOptions
 
 log = logging.getLogger("dspfusion.engines")
 
@@ -117,13 +121,23 @@ def _create(runtime: str, order: _Order, why: str) -> FusionEngine:
 def _tensorrt(order: _Order, why: str) -> FusionEngine:
     from engines.tensorrt_engine import TensorRTEngine
 
-    return TensorRTEngine(order.variant, order.weights, order.precision, order.diffusion_steps, why, sizes=order.sizes)
+    return TensorRTEngine(order.sizes, **_gpu_options(order, why))
 
 
 def _compile(order: _Order, why: str) -> FusionEngine:
     from engines.compile_engine import CompileEngine
 
-    return CompileEngine(order.variant, order.weights, order.precision, order.diffusion_steps, why)
+    return CompileEngine(**_gpu_options(order, why))
+
+
+def _gpu_options(order: _Order, why: str) -> GPUOptions:
+    return {
+        "variant": order.variant,
+        "weights": order.weights,
+        "precision": order.precision,
+        "diffusion_steps": order.diffusion_steps,
+        "why": why,
+    }
 
 
 def _openvino(order: _Order, why: str) -> FusionEngine:

@@ -14,16 +14,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from engines.arrays import last_line
 from engines.base import EngineError
-from engines.cache import EngineCache, private_folder, refuse_foreign
+from engines.cache import private_folder, refuse_foreign
 from engines.dspfusion.network import DSPFusion, pad
-from engines.gpu_frames import WARM_UP_RUNS, GPUEngine, Graph, InPrecision
+from engines.gpu_frames import WARM_UP_RUNS, GPUEngine, GPUOptions, Graph, InPrecision
 from engines.gpu_probe import partner_versions
 from engines.pytorch_engine import PriorGraph, unit_infrared, unit_visible
 from engines.sizes import Size, SizeRange
@@ -70,24 +70,14 @@ class TensorRTEngine(GPUEngine):
     RUNTIME = "tensorrt"
     CAPTURES = False  # torch-tensorrt records its engine's CUDA graph itself
 
-    def __init__(
-        self,
-        variant: str = "nano",
-        weights: Path | None = None,
-        precision: str = "auto",
-        diffusion_steps: int = 4,
-        why: str = "asked for",
-        cache: EngineCache | None = None,
-        device: str = "cuda",
-        sizes: SizeRange | None = None,
-    ) -> None:
+    def __init__(self, sizes: SizeRange | None = None, **options: Unpack[GPUOptions]) -> None:
         self._trt = import_torch_tensorrt()
         self._sizes = sizes
         self._open = ExitStack()  # CUDA graphs stay on while the engine lives
         self._quiet = Quiet()
         self._ranged: Graph | None = None
         self.built = 0  # engines that were compiled, not found in the cache
-        super().__init__(variant, weights, precision, diffusion_steps, why, cache, device)
+        super().__init__(**options)
 
     def close(self) -> None:
         """See `FusionEngine`."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from calibration.warp import Maps
 
 Camera = Literal["infrared", "visible"]
 Mode = Literal["fused", "ir_only", "vis_only", "held"]
@@ -82,11 +85,18 @@ class AlignedPair:
     """Both images on the visible camera's pixel grid, ready to be fused."""
 
     pair: FramePair
-    infrared: np.ndarray | None  # uint8 (H, W), after gain control and warp
+    infrared: np.ndarray | None  # uint8 (H, W), after gain control and warp; before the warp where there is a `warp`
     visible: np.ndarray | None  # uint8 RGB (H, W, 3)
     weight: np.ndarray | None  # float32 (H, W) in [0, 1]: 1 where infrared is valid, feathered; None = 1 everywhere
     calibrated: bool = False
     gain: dict[str, Any] = field(default_factory=dict)  # infrared gain control: method, low, high (counts)
+    warp: Maps | None = None  # that `infrared` still needs: left to an engine that registers on its device
+
+    def registered(self) -> np.ndarray | None:
+        """The infrared picture on the visible pixels, uint8 (H, W); a `warp` is done anew at every call."""
+        if self.infrared is None or self.warp is None:
+            return self.infrared
+        return self.warp.remap(self.infrared)
 
 
 @dataclass(frozen=True, slots=True)

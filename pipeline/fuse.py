@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, FusionEngine, Priors
+from calibration.warp import Maps
+from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, FusionEngine, Priors, RegisteringEngine
 from pipeline.background import Workers, give_way
 from pipeline.config import PriorsConfig, SteadyConfig
 from pipeline.frame import AlignedPair, FusedFrame
@@ -50,8 +51,23 @@ class PriorKeeper:
             self._thread = threading.Thread(target=self._work, name="priors", daemon=True)
             self._thread.start()
 
-    def priors(self, infrared: np.ndarray, visible: np.ndarray, presence: tuple[bool, bool], index: int) -> Priors:
-        """The priors to fuse frame `index` with; `presence` says which camera (infrared, visible) is live."""
+    def priors(
+        self,
+        infrared: np.ndarray,
+        visible: np.ndarray,
+        presence: tuple[bool, bool],
+        index: int,
+        warp: Maps | None = None,
+    ) -> Priors:
+        """The priors to fuse frame `index` with.
+
+        Args:
+            infrared: uint8 (H, W).
+            visible: uint8 RGB (H, W, 3).
+            presence: which camera (infrared, visible) is live.
+            index: of the frame.
+            warp: that `infrared` still needs.
+        """
         # Means of areas: single pixels of a scene with texture change with every movement of the camera.
         thumbnail = np.dstack([cv2.resize(one, THUMBNAIL, interpolation=cv2.INTER_AREA) for one in (infrared, visible)])
         new_scene = presence != self._presence or self._differs(thumbnail)
@@ -60,6 +76,8 @@ class PriorKeeper:
             self._thumbnail, self._presence, self._asked_at = thumbnail, presence, index
             # After a cut the old priors are wrong rather than noisy: they are replaced, not blended.
             share = 1.0 if new_scene else self._config.smoothing
+            if warp is not None:
+                infrared = warp.remap(infrared)
             if first or self._thread is None:
                 self._estimate(infrared, visible, share, index)
             else:
@@ -110,6 +128,7 @@ class Begun:
     aligned: AlignedPair
     infrared: np.ndarray  # uint8 (H, W): black where the camera is missing
     visible: np.ndarray  # uint8 RGB (H, W, 3)
+    warp: Maps | None  # that `infrared` still needs: the engine's part
     priors: Priors
     index: int
     priors_age_frames: int
@@ -204,6 +223,7 @@ class Fuse:
         first_index: int = 0,
     ) -> None:
         self._engine = engine
+        self._registering = engine if isinstance(engine, RegisteringEngine) else None
         self.keeper = PriorKeeper(engine, config, background)
         self._fade = Fade()
         self._steady = Steady(steady or SteadyConfig(enabled=False))
@@ -226,7 +246,7 @@ class Fuse:
         """Hands a pair to a thread of the network and returns at once; `finish` is called in the same order."""
         begun = self._begin(aligned)
         if self._workers is not None and self._finisher is not None:
-            begun.network = self._workers.submit(self._engine.fuse, begun.infrared, begun.visible, begun.priors)
+            begun.network = self._workers.submit(self._computed, begun)
             begun.image = self._finisher.submit(self._picture, begun)
             for future in (begun.network, begun.image):
                 future.add_done_callback(lambda _: self._on_done())
@@ -252,20 +272,36 @@ class Fuse:
             if workers is not None:
                 workers.close()
 
+    def _computed(self, begun: Begun) -> np.ndarray:
+        """What the network makes of a pair."""
+        if begun.warp is None or self._registering is None:
+            return self._engine.fuse(begun.infrared, begun.visible, begun.priors)
+        return self._registering.fuse_unregistered(begun.infrared, begun.visible, begun.priors, begun.warp)
+
     def _picture(self, begun: Begun) -> np.ndarray:
         """What is published of a pair; called in the order of the pairs."""
-        infrared, visible, presence = begun.infrared, begun.visible, begun.presence
-        image = begun.network.result() if begun.network else self._engine.fuse(infrared, visible, begun.priors)
-        if all(presence) and infrared.shape not in self._proven:
-            self.psnr_db = self._engine.prove(infrared, visible, begun.priors, image)
-            self._proven.add(infrared.shape)
-        if all(presence) and begun.aligned.weight is not None:
-            image = self._fade(image, visible, begun.aligned.weight)
-        return self._steady(image, presence)
+        image = begun.network.result() if begun.network else self._computed(begun)
+        if all(begun.presence):
+            self._prove(begun, image)
+            if begun.aligned.weight is not None:
+                image = self._fade(image, begun.visible, begun.aligned.weight)
+        return self._steady(image, begun.presence)
+
+    def _prove(self, begun: Begun, image: np.ndarray) -> None:
+        """Has the engine compare its first picture of a size with PyTorch's."""
+        infrared, visible, size = begun.infrared, begun.visible, begun.visible.shape[:2]
+        if size in self._proven:
+            return
+        if begun.warp is not None:  # devices interpolate finer than OpenCV: that is no fault of the network's
+            infrared = begun.warp.remap(infrared)
+            image = self._engine.fuse(infrared, visible, begun.priors)
+        self.psnr_db = self._engine.prove(infrared, visible, begun.priors, image)
+        self._proven.add(size)
 
     def _begin(self, aligned: AlignedPair) -> Begun:
         started = time.perf_counter()
-        infrared, visible = aligned.infrared, aligned.visible
+        warp = aligned.warp if self._registering is not None else None
+        infrared, visible = aligned.infrared if warp is not None else aligned.registered(), aligned.visible
         presence = (infrared is not None, visible is not None)
         if infrared is None:
             assert visible is not None
@@ -273,9 +309,9 @@ class Fuse:
         if visible is None:
             visible = np.zeros((*infrared.shape, 3), np.uint8)
         index = self.index
-        priors = self.keeper.priors(infrared, visible, presence, index)
+        priors = self.keeper.priors(infrared, visible, presence, index, warp)
         self.index += 1
-        return Begun(aligned, infrared, visible, priors, index, self.keeper.age_frames(index), started)
+        return Begun(aligned, infrared, visible, warp, priors, index, self.keeper.age_frames(index), started)
 
 
 def readout(priors: Priors, presence: tuple[bool, bool]) -> dict[str, dict[str, float]]:

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from engines.base import NOISE_SEED, EngineError, FusionEngine, fallbacks_of
+from engines.base import NOISE_SEED, EngineError, FusionEngine, RegisteringEngine, fallbacks_of
 from engines.openvino_engine import usable_cores
 from engines.selection import create_engine
 from pipeline.capture import RECYCLE_S, Capture
@@ -473,6 +473,7 @@ class LivePipeline:
         self._fuse = self._new_fuse(self._fuse.index)
 
     def _new_fuse(self, first_index: int) -> Fuse:
+        self._register.leaves_warp = isinstance(self._engine, RegisteringEngine)
         return Fuse(
             self._engine,
             self.config.priors,

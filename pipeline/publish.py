@@ -227,7 +227,7 @@ class Publisher:
                 self._dropped["closed"] += 1
                 return
             sequences = {}
-            for stream in self._pictures(fused):
+            for stream in self._streams(fused):
                 sequences[stream] = self._sequences[stream]
                 self._sequences[stream] += 1
             before, self._mode = self._mode, fused.mode
@@ -367,17 +367,19 @@ class Publisher:
     def _publish(self, work: _Work) -> None:
         taken_ns = time.monotonic_ns()
         encode_ns = 0
-        for stream, image in self._pictures(work.fused).items():
-            for codec in ("raw", "jpeg"):
-                topic = messages.topic(self._rig, stream, codec)
-                if not self._wanted(topic):
-                    continue
+        for stream in self._streams(work.fused):
+            topics = {codec: messages.topic(self._rig, stream, codec) for codec in ("raw", "jpeg")}
+            wanted = [codec for codec, topic in topics.items() if self._wanted(topic)]
+            if not wanted:
+                continue
+            image = picture_of(work.fused, stream)
+            for codec in wanted:
                 started_ns = time.monotonic_ns()
                 payload = self._encode(image, codec)
                 spent_ns = time.monotonic_ns() - started_ns
                 encode_ns += spent_ns
                 stages = {"publish_wait": (taken_ns - work.handed_over_ns) // 1000, "encode": spent_ns // 1000}
-                self._send(topic, self._frame_header(work, stream, codec, image, stages), payload)
+                self._send(topics[codec], self._frame_header(work, stream, codec, image, stages), payload)
         sent_ns = time.monotonic_ns()
         with self._lock:
             self._published += 1
@@ -388,10 +390,10 @@ class Publisher:
         if self._on_published is not None:
             self._on_published(work.fused, sent_ns)
 
-    def _pictures(self, fused: FusedFrame) -> dict[str, np.ndarray]:
+    def _streams(self, fused: FusedFrame) -> list[str]:
         """The pictures of a frame that this rig publishes; a camera that is gone has none."""
-        pictures = {"fused": fused.image, "ir": fused.aligned.infrared, "vis": fused.aligned.visible}
-        return {name: image for name in self._config.streams if (image := pictures[name]) is not None}
+        gone = {"ir": fused.aligned.infrared is None, "vis": fused.aligned.visible is None}
+        return [stream for stream in self._config.streams if not gone.get(stream, False)]
 
     def _encode(self, image: np.ndarray, codec: str) -> bytes | memoryview:
         image = np.ascontiguousarray(image)
@@ -657,6 +659,15 @@ class Publisher:
         self._authenticator.configure_curve_callback("*", credentials_provider=self._guests)
         socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
         socket.setsockopt(zmq.CURVE_SERVER, 1)
+
+
+def picture_of(fused: FusedFrame, stream: str) -> np.ndarray:
+    """The picture of a stream: "fused", "ir" (registered) or "vis"."""
+    if stream == "fused":
+        return fused.image
+    image = fused.aligned.registered() if stream == "ir" else fused.aligned.visible
+    assert image is not None
+    return image
 
 
 def refuse_open_endpoint(config: PublishConfig) -> None:

@@ -93,9 +93,10 @@ class Refinement:
         """Shows a pair that was warped by `maps`. Live, this takes less than a tenth of a millisecond."""
         keyframe = None
         if self._is_due(aligned):
-            assert aligned.infrared is not None
+            infrared = aligned.registered()
+            assert infrared is not None
             assert aligned.visible is not None
-            keyframe = _Keyframe(aligned.infrared, aligned.visible, maps)
+            keyframe = _Keyframe(infrared, aligned.visible, maps)
         if self._slot is None:
             self._step(keyframe)
         elif keyframe is not None or self._behind:

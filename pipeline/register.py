@@ -49,6 +49,7 @@ class Register:
         self.rig = rig if rig is not None or config.calibration is None else load_rig(config.calibration)
         self.calibration_sha256 = "" if config.calibration is None or rig is not None else _sha256(config.calibration)
         self._visible_size: Size | None = None  # the last one seen: keeps the output's size while that camera is away
+        self.leaves_warp = False  # to an engine that registers; may be changed from pair to pair
         self._warp = None if self.rig is None else Warp(self.rig, config.feather_px)
         self._refinement: Refinement | None = None
         if self.rig is not None and config.refine and comparable(self.rig.visible.size):
@@ -79,7 +80,9 @@ class Register:
         if pair.visible is not None:
             self._follow_size(pair.visible.size)
         maps = self._maps  # read once: the refinement may swap it at any time
-        infrared, gain = self._infrared(pair, maps)
+        # A lone infrared frame is black where the map leaves it, which an engine does not know.
+        left = maps if self.leaves_warp and pair.visible is not None and pair.infrared is not None else None
+        infrared, gain = self._infrared(pair, maps if left is None else None)
         aligned = AlignedPair(
             pair=pair,
             infrared=infrared,
@@ -87,6 +90,7 @@ class Register:
             weight=None if infrared is None or maps is None else maps.weight,
             calibrated=self.calibrated,
             gain=gain,
+            warp=left,
         )
         if self._refinement is not None:
             self._refinement.offer(aligned, maps or self._refinement.maps)

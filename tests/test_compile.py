@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from engines import arrays, gpu_probe
-from engines.base import EngineError, fallbacks_of
+from engines.base import EngineError, PictureError, RegisteringEngine, fallbacks_of
 from engines.cache import EngineCache
 from engines.compile_engine import CompileEngine
 from engines.dspfusion import variants
@@ -115,47 +116,70 @@ def test_the_block_that_goes_up_keeps_every_byte_in_its_place():
         seen.append([part.clone().numpy() for part in (infrared, visible, *tokens)])
         return visible + infrared[:3, :5, None]
 
-    path = FramePath(graph, (3, 5), [(16, 2), (16, 3)], torch.device("cpu"), infrared_size=(7, 9))
+    path = FramePath(graph, (3, 5), [(16, 2), (16, 3)], torch.device("cpu"))
     random = np.random.default_rng(0)
-    infrared, visible = (random.integers(0, 100, shape, np.uint8) for shape in ((7, 9), (3, 5, 3)))
+    infrared, visible = (random.integers(0, 100, shape, np.uint8) for shape in ((3, 5), (3, 5, 3)))
     tokens = [random.normal(size=shape).astype(np.float32) for shape in ((16, 2), (16, 3))]
     fused = path(infrared, visible, tokens)
     for found, sent in zip(seen[-1], (infrared, visible, *tokens), strict=True):
         assert np.array_equal(found, sent)
-    assert np.array_equal(fused, visible + infrared[:3, :5, None])
+    assert np.array_equal(fused, visible + infrared[..., None])
+
+
+@dataclass(frozen=True, eq=False)
+class MapOf:
+    """A map from visible pixels, (H, W), to infrared ones."""
+
+    map_x: np.ndarray
+    map_y: np.ndarray
+
+    @classmethod
+    def affine(cls, size: tuple[int, int], x: tuple[float, ...], y: tuple[float, ...], limit: tuple[int, int]) -> MapOf:
+        """x and y of the infrared pixel as a * column + b * row + c, clamped to an infrared picture of a size."""
+        rows, columns = np.mgrid[: size[0], : size[1]].astype(np.float32)
+        places = (a * columns + b * rows + c for a, b, c in (x, y))
+        return cls(*(np.clip(place, 0, side - 1) for place, side in zip(places, limit[::-1], strict=True)))
+
+    def remap(self, image: np.ndarray) -> np.ndarray:
+        return cv2.remap(image, self.map_x, self.map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def test_the_warp_on_the_device_is_the_one_on_the_processor():
     """A shift of (2, -1) pixels by hand, and a rotation with zoom against OpenCV's remap."""
     image = np.random.default_rng(0).integers(0, 256, (40, 50), np.uint8)
-    rows, columns = np.mgrid[:40, :50].astype(np.float32)
-    shifted = Warp(columns + 2, rows - 1, (40, 50))(torch.from_numpy(image)).numpy()
+
+    def warped(image: np.ndarray, pixel_map: MapOf) -> np.ndarray:
+        warp = Warp(pixel_map.map_x.shape, (40, 50))
+        warp.follow(pixel_map)
+        return warp(torch.from_numpy(image)).numpy()
+
+    shifted = warped(image, MapOf.affine((40, 50), (1, 0, 2), (0, 1, -1), (40, 50)))
     assert np.array_equal(shifted[1:, :-2], image[:-1, 2:])
     assert np.array_equal(shifted[1:, -1], image[:-1, -1])  # outside, the border is repeated
     smooth = cv2.GaussianBlur(image, (0, 0), 2)
-    rows, columns = np.mgrid[:60, :80].astype(np.float32)  # to another size
-    map_x, map_y = 0.6 * columns - 0.1 * rows + 3.3, 0.1 * columns + 0.6 * rows - 2.7
-    warped = Warp(map_x, map_y, (40, 50))(torch.from_numpy(smooth)).numpy()
-    expected = cv2.remap(smooth, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    assert warped.shape == (60, 80)
-    assert np.abs(warped.astype(int) - expected).max() <= 2  # OpenCV interpolates in steps of 1/32 pixel
+    turned = MapOf.affine((60, 80), (0.6, -0.1, 3.3), (0.1, 0.6, -2.7), (40, 50))  # to another size
+    assert warped(smooth, turned).shape == (60, 80)
+    # OpenCV interpolates in steps of 1/32 pixel.
+    assert np.abs(warped(smooth, turned).astype(int) - turned.remap(smooth)).max() <= 2
 
 
-def test_an_engine_that_warps_takes_the_infrared_picture_as_its_camera_sent_it(mini, folder, reference):
+def test_an_engine_that_registers_takes_the_infrared_picture_as_its_camera_sent_it(mini, folder, reference):
     serving = engine(mini, folder, backend="none")
+    assert isinstance(serving, RegisteringEngine)
     infrared, visible = arrays.reference_pair(SIZE)
     small = cv2.resize(infrared, (60, 48))
-    rows, columns = np.mgrid[: SIZE[0], : SIZE[1]].astype(np.float32)
-    map_x, map_y = columns * 59 / (SIZE[1] - 1), rows * 47 / (SIZE[0] - 1)
-    warped = cv2.remap(small, map_x, map_y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    priors = reference.estimate_priors(warped, visible)
-    serving.warp_infrared(map_x, map_y, (48, 60))
-    assert arrays.psnr_db(serving.fuse(small, visible, priors), reference.fuse(warped, visible, priors)) > 45
-    assert np.abs(serving.estimate_priors(small, visible).semantic - priors.semantic).max() < 0.2
-    with pytest.raises(ValueError, match="the warp takes"):
-        serving.fuse(infrared, visible, priors)
-    serving.warp_infrared(None, None, SIZE)
-    assert serving.fuse(infrared, visible, priors).shape == (*SIZE, 3)
+    fitting = MapOf.affine(SIZE, (59 / (SIZE[1] - 1), 0, 0), (0, 47 / (SIZE[0] - 1), 0), (48, 60))
+    priors = reference.estimate_priors(fitting.remap(small), visible)
+    corrected = MapOf(np.clip(fitting.map_x + 3, 0, 59), fitting.map_y)
+    for pixel_map in (fitting, corrected, fitting):  # a correction comes as a new map, from one frame to the next
+        fused = serving.fuse_unregistered(small, visible, priors, pixel_map)
+        expected = reference.fuse(pixel_map.remap(small), visible, priors)
+        assert arrays.psnr_db(fused, expected) > 45
+    assert arrays.psnr_db(serving.fuse(infrared, visible, priors), reference.fuse(infrared, visible, priors)) > 50
+    with pytest.raises(PictureError, match="infrared must be uint8"):
+        serving.fuse_unregistered(small.astype(np.uint16), visible, priors, fitting)
+    with pytest.raises(PictureError, match="need"):
+        serving.fuse_unregistered(small, visible[:-8], priors, fitting)
 
 
 def test_a_compiler_that_cannot_work_is_reported_and_the_network_is_replayed_without(mini, folder, caplog):
@@ -194,7 +218,7 @@ def test_out_of_memory_in_flight_is_an_error_of_the_engine_and_it_can_go_on(plai
         def out_of_memory(*inputs):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-        patch.setattr(plain._programs[SIZE].frame, "_replay", out_of_memory)
+        patch.setattr(plain._programs[SIZE].frames[None], "_replay", out_of_memory)
         for _ in range(3):  # more often than there are slots: a failure gives its slot back
             with pytest.raises(EngineError, match="memory"):
                 plain.fuse(*pair, priors)

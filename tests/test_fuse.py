@@ -9,10 +9,14 @@ import cv2
 import numpy as np
 import pytest
 
-from pipeline.config import PriorsConfig
+from calibration.rig import CameraModel, Rig
+from calibration.warp import Warp
+from pipeline.config import PriorsConfig, RegistrationConfig
 from pipeline.frame import AlignedPair, Frame, FramePair
 from pipeline.fuse import Fade, Fuse, borders_of
-from tests.rigs.engines import MaximumEngine
+from pipeline.gain import InfraredGain
+from pipeline.register import Register
+from tests.rigs.engines import MaximumEngine, RegisteringMaximumEngine
 
 
 def aligned(
@@ -137,3 +141,45 @@ def test_texture_that_moves_is_no_new_scene():
         pair = FramePair(Frame("infrared", heat, 0, 0), Frame("visible", colour, 0, 0), "fused")
         fuse(AlignedPair(pair, heat, colour, None))
     assert engine.estimates == 1
+
+
+def unregistered_pair() -> AlignedPair:
+    """A turned infrared picture whose warp is left to the engine."""
+    maps = Warp.of_aligned((64, 48), feather_px=4).corrected(np.array([3.0, -2.0, 0.02, 0.0]))
+    random = np.random.default_rng(3)
+    heat = cv2.GaussianBlur(random.integers(0, 256, (48, 64), np.uint8), (0, 0), 1.5)
+    colour = random.integers(0, 100, (48, 64, 3), np.uint8)
+    pair = FramePair(Frame("infrared", heat, 0, 0), Frame("visible", colour, 0, 0), "fused")
+    return AlignedPair(pair, heat, colour, maps.weight, warp=maps)
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_warp_that_is_left_is_done_by_an_engine_that_registers_and_else_before_it(background: bool):
+    left = unregistered_pair()
+    assert left.warp is not None
+    done = AlignedPair(left.pair, left.registered(), left.visible, left.weight)
+    pictures, engines = [], [MaximumEngine(), MaximumEngine(), RegisteringMaximumEngine(), RegisteringMaximumEngine()]
+    for engine, aligned in zip(engines, (done, left, done, left), strict=True):
+        fuse = Fuse(engine, PriorsConfig(), background=background)
+        pictures.append(fuse.finish(fuse.begin(aligned)).image)
+        fuse.close()
+    assert all(np.array_equal(picture, pictures[0]) for picture in pictures[1:])
+    assert [engine.registered for engine in engines[2:]] == [0, 1]
+
+
+def test_registration_leaves_the_warp_of_pairs_and_not_of_lone_frames():
+    pair = unregistered_pair().pair
+    size = (64, 48)
+    camera = CameraModel(*size, np.array([[64.0, 0, 32], [0, 64, 24], [0, 0, 1]]))
+    rig = Rig(camera, camera, np.eye(4), homography=np.array([[1, 0, 4.0], [0, 1, 0], [0, 0, 1]]))
+    register = Register(RegistrationConfig(refine=False), InfraredGain(), rig=rig)
+    eager = register(pair)
+    register.leaves_warp = True
+    left = register(pair)
+    assert eager.warp is None
+    assert left.warp is not None
+    assert left.infrared is not None
+    assert np.array_equal(left.infrared, pair.infrared.image)  # type: ignore[union-attr]
+    assert np.array_equal(left.registered(), eager.infrared)  # type: ignore[arg-type]
+    assert register(FramePair(pair.infrared, None, "ir_only")).warp is None
+    assert register(FramePair(None, pair.visible, "vis_only")).warp is None

@@ -25,7 +25,7 @@ from pipeline.register import Register
 from pipeline.sources.opening import open_source
 from pipeline.sources.synthetic import true_rig
 from pipeline.telemetry import Distribution, Telemetry, write_report
-from tests.rigs.engines import MaximumEngine
+from tests.rigs.engines import MaximumEngine, RegisteringMaximumEngine
 from tests.rigs.recordings import write_video
 
 
@@ -306,6 +306,30 @@ def test_a_calibrated_rig_is_reported_as_such(tmp_path: Path):
     report = run_until(lambda modes: modes.total() > 10, calibrated)
     assert report["registration"]["state"] == "calibrated"
     assert report["fused"] > 10
+
+
+def test_an_engine_that_registers_gets_the_infrared_picture_as_it_came_and_the_one_after_it_a_registered_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    config = rig_config()
+    save_rig(true_rig(config.infrared, config.visible), tmp_path / "rig.yaml")  # type: ignore[arg-type]
+    config = config.model_copy(update={"registration": RegistrationConfig(calibration=str(tmp_path / "rig.yaml"))})
+    first, spare = RegisteringMaximumEngine(fails_at=20), MaximumEngine()
+    spare.description = replace(spare.description, runtime="pytorch")
+    monkeypatch.setattr("pipeline.live.engine_for", lambda _: spare)
+    shapes = set()
+
+    def note(fused: FusedFrame) -> None:
+        if fused.mode == "fused":
+            assert fused.aligned.infrared is not None
+            shapes.add((fused.aligned.warp is None, fused.aligned.infrared.shape, fused.image.shape))
+
+    report = run_until(lambda modes: modes["fused"] > 40, config, first, note)
+    assert first.registered >= 15
+    # As the camera sent it, 320 x 256, and then on the visible pixels.
+    assert shapes == {(False, (256, 320), (240, 320, 3)), (True, (240, 320), (240, 320, 3))}
+    assert report["registration"]["failures"] == 0
+    assert_every_frame_is_accounted_for(report)
 
 
 def test_a_camera_that_comes_back_with_another_size_leaves_the_other_one_on_air(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 
+import cv2
 import numpy as np
 
-from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, EngineDescription, Priors
+from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, EngineDescription, PixelMap, Priors
 
 
 class MaximumEngine:
@@ -40,6 +41,21 @@ class MaximumEngine:
 
     def close(self) -> None:
         self.closed = True
+
+
+class RegisteringMaximumEngine(MaximumEngine):
+    """One that also registers, as the GPU engines do."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        super().__init__(fails_at=fails_at)
+        self.registered = 0
+
+    def fuse_unregistered(
+        self, infrared: np.ndarray, visible: np.ndarray, priors: Priors, pixel_map: PixelMap
+    ) -> np.ndarray:
+        self.registered += 1
+        warped = cv2.remap(infrared, pixel_map.map_x, pixel_map.map_y, cv2.INTER_LINEAR)
+        return self.fuse(warped, visible, priors)
 
 
 def one_hot(kinds: tuple[str, ...]) -> np.ndarray:
