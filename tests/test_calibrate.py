@@ -66,6 +66,13 @@ def map_error_px(rig: Rig, truth: Rig, distance_m: float) -> float:
     return math.sqrt(float(((map_of(rig, pixels, distance_m) - there) ** 2).sum(axis=1).mean()))
 
 
+def seen_and_worst_px(rig: Rig, truth: Rig, distance_m: float) -> tuple[float, float]:
+    """(share of the map that the lens model gives, 95th percentile of its error there)."""
+    pixels, there = map_points(truth, distance_m)
+    errors = np.linalg.norm(map_of(rig, pixels, distance_m) - there, axis=1)
+    return float(np.isfinite(errors).mean()), float(np.nanpercentile(errors, 95))
+
+
 def test_the_map_is_right_to_a_fifth_of_a_pixel_from_two_metres_to_very_far(solution):
     for distance_m in DISTANCES_M:
         assert map_error_px(solution.rig, TRUTH, distance_m) < 0.2
@@ -159,6 +166,39 @@ def test_a_wide_lens_is_calibrated_as_far_as_the_model_reaches_and_the_rest_is_s
     assert solution.heldout_px["rms"] < 0.3
     assert any("corners" in line for line in solution.warnings)
     assert judge(rig, seen).transfer_px["rms"] < 0.2  # the true lens, given as a file
+
+
+@pytest.mark.parametrize("view_deg", [60, 130, 150])
+def test_a_fisheye_is_calibrated_by_the_equidistant_lens(view_deg):
+    rig = fisheye_rig(view_deg)
+    seen = views_of(rig, BOARD, random_poses(BOARD, 16, rig, seed=5))
+    solution = solve(seen, lenses=dict.fromkeys(SIZES, "equidistant"))
+    assert solution.heldout_px["rms"] == pytest.approx(0.16, rel=0.3)  # that of the noise
+    for distance_m in DISTANCES_M:
+        share, worst_px = seen_and_worst_px(solution.rig, rig, distance_m)
+        assert share > 0.95  # at 150 degrees two corners are beyond what a plane in front of the camera shows
+        assert worst_px < 0.2
+    assert solution.rig.visible.lens == "equidistant"
+    assert not any("corners" in line for line in solution.warnings)
+
+
+def test_each_camera_may_have_a_lens_of_its_own():
+    fisheye, narrow = fisheye_rig(110).visible, TRUTH.infrared
+    rig = Rig(fisheye, narrow, TRUTH.infrared_from_visible)
+    seen = views_of(rig, BOARD, random_poses(BOARD, 20, rig, seed=5))
+    solution = solve(seen, lenses={"visible": "equidistant"})
+    assert (solution.rig.visible.lens, solution.rig.infrared.lens) == ("equidistant", "plumb_bob")
+    assert max(seen_and_worst_px(solution.rig, rig, distance_m)[1] for distance_m in DISTANCES_M) < 0.5
+
+
+def test_a_rational_lens_is_fitted_where_it_is_asked_for():
+    bent = np.array([0.9, 0.25, 0, 0, 0.01, 1.25, 0.55, 0.06])
+    lens = CameraModel(640, 480, np.array([[420.0, 0, 319.5], [0, 420, 239.5], [0, 0, 1]]), bent, "rational_polynomial")
+    rig = Rig(lens, lens, TRUTH.infrared_from_visible)
+    seen = views_of(rig, BOARD, random_poses(BOARD, 24, rig, seed=5), noise_px=(0.06, 0.06))
+    solution = solve(seen, lenses=dict.fromkeys(SIZES, "rational_polynomial"))
+    assert solution.rig.visible.lens == "rational_polynomial"
+    assert seen_and_worst_px(solution.rig, rig, 5.0)[1] < 0.3
 
 
 def test_without_the_spacing_there_is_no_rig(seen):
@@ -349,9 +389,35 @@ def test_pictures_become_a_calibration_with_three_commands(tmp_path):
     assert "<svg" in (tmp_path / "again.html").read_text()
 
 
+def test_rendered_boards_seen_through_a_fisheye_become_its_calibration(tmp_path):
+    rig, board = fisheye_rig(90), Board("circles", 4, 11, 0.04)
+    scene = Scene(board, random_poses(board, 9, rig, seed=6, distance_m=(0.6, 0.8), tilt_deg=20))
+    for camera in ("ir", "vis"):
+        (tmp_path / camera).mkdir()
+    for index in range(9):
+        infrared, visible = draw_pair(rig, scene, index)
+        cv2.imwrite(str(tmp_path / "ir" / f"view{index}.png"), infrared)
+        cv2.imwrite(str(tmp_path / "vis" / f"view{index}.png"), visible)
+    folders, seen, file = (
+        [str(tmp_path / "ir"), str(tmp_path / "vis")],
+        str(tmp_path / "seen.json"),
+        tmp_path / "rig.yaml",
+    )
+    how = ["--board", "circles", "--size", "4x11", "--spacing", "0.04", "-o", seen]
+    detected = runner.invoke(app, ["calibrate", "detect", *folders, *how])
+    assert detected.exit_code == 0, detected.output
+    solved = runner.invoke(app, ["calibrate", "solve", seen, "--lens", "equidistant", "-o", str(file)])
+    assert solved.exit_code == 0, solved.output
+    found = load_rig(file)
+    assert found.visible.lens == "equidistant"
+    assert found.visible.matrix[0, 0] == pytest.approx(rig.visible.matrix[0, 0], rel=0.005)
+    assert load_quality(file)["heldout_px"]["median"] < 1.0
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        (["solve", "{none}", "--lens", "fisheye"], "plumb_bob or rational_polynomial or equidistant"),
         (["detect", "{ir}", "{vis}", "--size", "9by6"], "COLUMNSxROWS"),
         (["detect", "{ir}", "{vis}", "--size", "9x6", "--board", "aruco"], "chessboard or circles"),
         (["detect", "{none}", "{vis}", "--size", "9x6"], "does not exist"),
