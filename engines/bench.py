@@ -6,6 +6,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ def bench(
 
     Returns:
         One row for each engine and size: `engine, precision, variant, width, height, what` ("network"), `median_ms,
-        p99_ms, cpu_ms` (processor time of all threads, mean), `fps` (of the median), `rss_mb` (of the process now),
-        `threads`; and `frames`, how many were timed, `priors_ms`, the median of an estimate, and on a GPU `gpu_mb`.
+        p95_ms, p99_ms` (latency of a frame on its own), `cpu_ms` (processor time of all threads, mean), `fps` (of the
+        median), `rss_mb` (of the process now), `threads, at_once`; and `frames`, how many were timed,
+        `throughput_fps` with as many callers as the engine takes, `priors_ms`, the median of an estimate, and on a GPU
+        `gpu_mb`.
     """
     return [_row(engine, width, height, repeats, warm_up, seconds) for engine in engines for width, height in sizes]
 
@@ -56,7 +59,7 @@ def side_by_side(
         repeats: rounds; fewer, but at least three, once `seconds` are over.
 
     Returns:
-        For each name `median_ms, p99_ms, cpu_ms` (mean) and `ratio`: its median divided by that of the first.
+        For each name `median_ms, p95_ms, p99_ms, cpu_ms` (mean) and `ratio`: its median divided by that of the first.
     """
     pair = reference_pair(size[::-1])
     for _ in range(max(1, warm_up)):
@@ -78,6 +81,7 @@ def side_by_side(
     return {
         name: {
             "median_ms": float(np.median(wall[name])),
+            "p95_ms": float(np.percentile(wall[name], 95)),
             "p99_ms": float(np.percentile(wall[name], 99)),
             "cpu_ms": float(np.mean(cpu[name])),
             "ratio": float(np.median(wall[name])) / first,
@@ -114,6 +118,11 @@ def _row(engine: FusionEngine, width: int, height: int, repeats: int, warm_up: i
         engine.fuse(infrared, visible, priors)
         times_ms.append((time.perf_counter() - start) * 1000)
     cpu_ms = (time.process_time() - cpu_start) * 1000 / len(times_ms)
+    throughput_fps, callers = 1000 * len(times_ms) / sum(times_ms), engine.description.at_once
+    if callers > 1:
+        throughput_fps = _throughput_fps(
+            lambda: engine.fuse(infrared, visible, priors), callers, len(times_ms), seconds
+        )
     priors_ms = []
     for _ in range(5):
         start = time.perf_counter()
@@ -129,16 +138,39 @@ def _row(engine: FusionEngine, width: int, height: int, repeats: int, warm_up: i
         "height": height,
         "what": "network",
         "median_ms": median_ms,
+        "p95_ms": float(np.percentile(times_ms, 95)),
         "p99_ms": float(np.percentile(times_ms, 99)),
         "cpu_ms": cpu_ms,
         "fps": 1000 / median_ms,
         "rss_mb": resident_mb(),
         "threads": description.threads,
+        "at_once": description.at_once,
         "frames": len(times_ms),
+        "throughput_fps": throughput_fps,
         "priors_ms": float(np.median(priors_ms)),
     }
     gpu_mb = _gpu_mb(engine)
     return row if gpu_mb is None else row | {"gpu_mb": gpu_mb}
+
+
+def _throughput_fps(fuse: Callable[[], object], callers: int, frames: int, seconds: float) -> float:
+    """Frames a second with so many callers at the same time, who fuse `frames` together, or for `seconds`."""
+    left = iter(range(frames))  # taking the next item is atomic
+    end = time.perf_counter() + seconds
+
+    def call() -> int:
+        done = 0
+        for _ in left:
+            fuse()
+            done += 1
+            if time.perf_counter() > end:
+                break
+        return done
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(callers) as pool:
+        done = sum(waiting.result() for waiting in [pool.submit(call) for _ in range(callers)])
+    return done / (time.perf_counter() - start)
 
 
 def _gpu_mb(engine: FusionEngine) -> float | None:

@@ -147,7 +147,10 @@ class EngineCache:
                 return None
             for path in (self.folder, entry, entry / MANIFEST):
                 refuse_foreign(path)
-            files = json.loads((entry / MANIFEST).read_text())["files"]
+            manifest = json.loads((entry / MANIFEST).read_text())
+            if manifest.get("key") != entry.name:
+                raise ValueError("it was made for another key, or by an earlier version")
+            files = manifest["files"]
             for name in files:
                 refuse_foreign(entry / name)
             damaged = [name for name, digest in files.items() if _digest(entry / name) != digest]
@@ -173,7 +176,7 @@ class EngineCache:
             for path in sorted(aside.iterdir()):
                 path.chmod(0o600)
                 files[path.name] = _digest(path)
-            (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+            (aside / MANIFEST).write_text(json.dumps({"key": key, "files": files}, indent=1))
             (aside / MANIFEST).chmod(0o600)
             entry = self.folder / key
             with self._swapping():

@@ -78,6 +78,12 @@ def test_an_entry_with_a_broken_manifest_is_removed_and_counted(cache, manifest)
 
 
 @owners
+def test_an_entry_under_the_name_of_another_one_is_not_read(cache):
+    store(cache, "key").rename(cache.folder / "other")
+    assert cache.find("other") is None
+    assert "made for another key" in cache.faults[0]
+
+
 @pytest.mark.parametrize("which", ["engines", "engines/key", "engines/key/engine", "engines/key/manifest.json"])
 def test_what_others_may_write_is_neither_read_nor_removed(cache, tmp_path, which):
     entry = store(cache)

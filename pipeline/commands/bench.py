@@ -15,7 +15,7 @@ from pipeline.errors import ConfigError
 if TYPE_CHECKING:
     from engines.base import FusionEngine
 
-COLUMNS = ("median_ms", "p99_ms", "cpu_ms", "fps", "rss_mb")
+COLUMNS = ("median_ms", "p95_ms", "p99_ms", "cpu_ms", "fps", "rss_mb")
 AsJson = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to this file; - is the terminal.")]
 Size = tuple[int, int]
 
@@ -35,6 +35,9 @@ def bench(
     seconds: Annotated[float, typer.Option(min=1, max=3600, help="Longest time of a row; a pipeline runs on.")] = 20,
     rate: Annotated[float, typer.Option(min=1, max=240, help="Frames a second of the pipeline's two cameras.")] = 30,
     threads: Annotated[int, typer.Option(min=0, max=256, help="Of engines on the processor; 0 chooses.")] = 0,
+    at_once: Annotated[
+        int, typer.Option(min=0, max=8, help="Frames that an engine on the processor takes at once; 0 chooses.")
+    ] = 0,
     against: Annotated[
         str | None,
         typer.Option(help="module:function of another fuser (infrared, visible) -> picture, timed in turns with ours."),
@@ -57,7 +60,7 @@ def bench(
     orders = [(name, one) for one in variant or ["nano"] for name in engine or default_engines()]
     with rows_done(len(orders)) as done:
         for name, one in orders:
-            with section_of(name, one, threads) as (section, weights):
+            with section_of(name, one, threads, at_once) as (section, weights):
                 rows: list[dict[str, Any]] = []
                 if what != "pipeline" or other is not None:
                     with closing(engine_for(section)) as serving:
@@ -121,6 +124,7 @@ def pipeline_row(section: Any, size: Size, seconds: float, rate: float) -> dict[
         "rate_hz": rate,
         "p95_ms": latency.get("p95"),
         "stages": {name: stage["p50"] for name, stage in report["latency_ms"].items()},
+        "stages_p95": {name: stage["p95"] for name, stage in report["latency_ms"].items()},
         "dropped": report["dropped"],
         "fallbacks": report["fallbacks"],
     }
@@ -202,7 +206,7 @@ def callable_of(text: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def section_of(name: str, variant: str, threads: int = 0) -> Iterator[tuple[Any, str]]:
+def section_of(name: str, variant: str, threads: int = 0, at_once: int = 0) -> Iterator[tuple[Any, str]]:
     """The engine section of runtime or runtime:precision, and whose weights it names ("shipped" or "random").
 
     A variant without shipped weights is timed with random ones: time does not depend on them.
@@ -212,7 +216,9 @@ def section_of(name: str, variant: str, threads: int = 0) -> Iterator[tuple[Any,
     from engines.dspfusion.variants import VARIANTS, default_weights
 
     runtime, _, precision = name.partition(":")
-    config = engine_section(runtime=runtime, variant=variant, precision=precision or "auto", threads=threads)
+    config = engine_section(
+        runtime=runtime, variant=variant, precision=precision or "auto", threads=threads, at_once=at_once
+    )
     with ExitStack() as stack:
         shipped = variant not in VARIANTS or default_weights(variant).is_file()
         if not shipped:
@@ -300,7 +306,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
         figures = ("-" if row[name] is None else f"{row[name]:.1f}" for name in COLUMNS)
         variant = row["variant"] + ("*" if row.get("weights") == "random" else "")
         size = f"{row['width']}x{row['height']}"
-        lines.append((f"{row['engine']} {row['precision']}", variant, size, row["what"], *figures, str(row["threads"])))
+        threads = f"{row['at_once']} x {row['threads']}" if row["at_once"] > 1 else str(row["threads"])
+        lines.append((f"{row['engine']} {row['precision']}", variant, size, row["what"], *figures, threads))
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     told = []
     for line in lines:
