@@ -344,16 +344,26 @@ class _Program:
         self._idle: list[Any] = []  # append and pop are atomic
 
     def __call__(self, *arrays: np.ndarray, keep: Callable[[np.ndarray], np.ndarray] = np.array) -> list[np.ndarray]:
-        """Runs the graph; what `keep` makes of every output belongs to the caller, and must be a copy."""
+        """Runs the graph; what `keep` makes of every output belongs to the caller, and must be a copy.
+
+        Raises:
+            EngineError: if the runtime fails, such as for want of memory.
+        """
         try:
-            request = self._idle.pop()
-        except IndexError:
-            request = self._compiled.create_infer_request()
-        # Shared inputs are read in place; `arrays` keeps them alive until the call returns.
-        outputs = request.infer(list(arrays), share_inputs=True, share_outputs=True)
+            request = self._request()
+            # Shared inputs are read in place; `arrays` keeps them alive until the call returns.
+            outputs = request.infer(list(arrays), share_inputs=True, share_outputs=True)
+        except (RuntimeError, MemoryError) as error:
+            raise EngineError(f"OpenVINO failed ({last_line(error)}): use runtime 'pytorch'") from error
         copies = [keep(outputs[index]) for index in range(len(outputs))]
         self._idle.append(request)
         return copies
+
+    def _request(self) -> Any:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            return self._compiled.create_infer_request()
 
 
 @contextmanager

@@ -10,7 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engines.arrays import Image, Proofs, Reference, checked_pair, checked_priors, priors_from, refuse_unless_close
+from engines.arrays import (
+    Image,
+    Proofs,
+    Reference,
+    checked_pair,
+    checked_priors,
+    last_line,
+    priors_from,
+    refuse_unless_close,
+)
 from engines.base import EngineDescription, EngineError, Priors
 from engines.dspfusion.loading import load
 from engines.dspfusion.network import DSPFusion
@@ -142,8 +151,14 @@ class PyTorchEngine:
     def _run(self, graph: Callable[..., Output], bf16: bool, *arrays: np.ndarray) -> Output:
         if self.network is None:
             raise EngineError("this engine was closed: create another one")
-        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return graph(*(tensor_of(array) for array in arrays))
+        try:
+            with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                return graph(*(tensor_of(array) for array in arrays))
+        except (RuntimeError, MemoryError) as error:
+            raise EngineError(
+                f"PyTorch failed ({last_line(error)}): end other programs that use memory, send smaller pictures, or "
+                "choose a smaller variant"
+            ) from error
 
 
 def tensor_of(array: np.ndarray) -> Tensor:

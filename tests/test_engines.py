@@ -10,6 +10,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -385,6 +386,23 @@ def test_whatever_a_runtime_raises_at_its_start_is_a_reason_to_take_the_next_one
     assert "AttributeError: module has no attribute 'Core'" in engine.description.fallbacks[-1]
     with pytest.raises(EngineError, match="runtime 'openvino' cannot start here"):
         selection.create_engine("openvino", weights=weights)
+
+
+def test_a_runtime_that_runs_out_of_memory_is_one_line_and_serves_the_next_frame(fp32, reference, pair, monkeypatch):
+    priors = reference.estimate_priors(*pair)
+    fused = fp32.fuse(*pair, priors)
+
+    def out_of_memory(*inputs, **options):
+        raise RuntimeError("Exception from src/inference:\ncould not allocate 40960 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fp32._compiled[ODD]["frame"], "_request", lambda: SimpleNamespace(infer=out_of_memory))
+        with pytest.raises(EngineError, match=r"OpenVINO failed \(could not allocate 40960 bytes\)"):
+            fp32.fuse(*pair, priors)
+        patch.setattr(reference, "_frame", out_of_memory)
+        with pytest.raises(EngineError, match=r"PyTorch failed \(could not allocate 40960 bytes\)"):
+            reference.fuse(*pair, priors)
+    assert np.array_equal(fp32.fuse(*pair, priors), fused)
 
 
 REAL_PAIRS = 20
