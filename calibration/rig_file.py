@@ -124,7 +124,9 @@ def _content(path: Path) -> bytes:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise CalibrationError(f"cannot read the calibration {path}: {reason}") from None
+        raise CalibrationError(
+            f"cannot read the calibration {path}: {reason}: check the path, or make one with `dspfusion calibrate`"
+        ) from None
     if len(content) > MAX_BYTES:
         raise CalibrationError(f"{path} is larger than {MAX_BYTES >> 20} MiB: that is no calibration file")
     return content

@@ -19,6 +19,7 @@ from pipeline.replay import DEFAULT_RATE_HZ, frames_of
 from pipeline.sources.folder import image_files, read_image
 
 MAX_VIEWS = 400  # of a recording; more are a question of patience, not of accuracy
+SOME_PICTURES = 7  # of a folder, spread over it, are looked at for their colour
 CAMERAS: tuple[Camera, Camera] = ("infrared", "visible")
 
 
@@ -54,7 +55,7 @@ def pair_up(infrared: Path, visible: Path, every_s: float = 0.5) -> Pairing:
             raise SourceError(f"{path} does not exist: check the path")
     if _is_stills(infrared) and _is_stills(visible):
         files = {"infrared": _files(infrared), "visible": _files(visible)}
-        refuse_swapped_pictures(files["infrared"][0], files["visible"][0])
+        refuse_swapped_pictures(files["infrared"], files["visible"])
         return _pair_stills(files, both_files=not infrared.is_dir())
     infos = probe(infrared), probe(visible)
     refuse_unlikely(*infos)
@@ -137,23 +138,32 @@ def _moments_of(chosen: list[tuple[str, dict[str, Path]]]) -> Iterator[Moment]:
         yield Moment(name, images, {camera: image.dtype.itemsize * 8 for camera, image in images.items()})
 
 
-def refuse_swapped_pictures(infrared: Path, visible: Path) -> None:
+def refuse_swapped_pictures(infrared: list[Path], visible: list[Path]) -> None:
     """By colour, and by bits: no visible camera delivers sixteen beside an infrared one of eight."""
     from pipeline.recording import colour_of, refuse_swapped
 
-    pictures = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in (infrared, visible)]
-    thermal, colour = pictures
-    if thermal is None or colour is None:
-        return  # reading it says why
-    if thermal.dtype == np.uint8 and colour.dtype == np.uint16 and colour.ndim == 2:
+    thermal, colour = (_some_read(files) for files in (infrared, visible))
+    if not thermal or not colour:
+        return  # reading them says why
+    if thermal[0].dtype == np.uint8 and colour[0].dtype == np.uint16 and colour[0].ndim == 2:
         raise SourceError(
-            f"infrared and visible look swapped: give the infrared pictures first ({infrared.name} is of 8 bits, "
-            f"{visible.name} grey of 16)"
+            f"infrared and visible look swapped: give the infrared pictures first ({infrared[0].name} is of 8 bits, "
+            f"{visible[0].name} grey of 16)"
         )
-    if thermal.dtype != np.uint8 or colour.dtype != np.uint8:
+    if any(picture.dtype != np.uint8 for picture in (*thermal, *colour)):
         return
-    colours = [colour_of(picture[..., :3] if picture.ndim == 3 else picture) for picture in (thermal, colour)]
-    refuse_swapped(infrared, colours[0], visible, colours[1])
+    # One picture of a night has hardly any colour; several together tell the cameras apart.
+    colours = [
+        colour_of(*(picture[..., :3] if picture.ndim == 3 else picture for picture in one)) for one in (thermal, colour)
+    ]
+    shown = [files[0] if len(files) == 1 else files[0].parent for files in (infrared, visible)]
+    refuse_swapped(shown[0], colours[0], shown[1], colours[1])
+
+
+def _some_read(files: list[Path]) -> list[np.ndarray]:
+    chosen = files[:: -(-len(files) // SOME_PICTURES)]
+    pictures = [cv2.imread(str(path), cv2.IMREAD_UNCHANGED) for path in chosen]
+    return [picture for picture in pictures if picture is not None]
 
 
 def _moments_in_time(infrared: Path, visible: Path, rate_hz: float, every_s: float) -> Iterator[Moment]:

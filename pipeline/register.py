@@ -176,7 +176,10 @@ class Register:
         sizes = f"{_text(expected)}, but the {frame.camera} camera sends {_text(frame.size)}"
         other = self.rig.infrared if frame.camera == "visible" else self.rig.visible
         if frame.size == other.size:
-            return f"the calibration is for {sizes}, the other camera's size: are infrared and visible swapped?"
+            return (
+                f"the calibration is for {sizes}, the other camera's size: are infrared and visible swapped? "
+                f"If not, set that camera to {_text(expected)}, or calibrate again"
+            )
         return (
             f"the calibration is for {sizes}: set that camera to {_text(expected)}, or calibrate at {_text(frame.size)}"
         )

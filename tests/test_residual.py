@@ -407,3 +407,19 @@ def test_real_aligned_pairs_stay_where_they_are(data_dir: Path):
 
 def test_thumbnails_are_small_and_grey():
     assert thumbnail_of(np.zeros((480, 640, 3), np.uint8)).shape == (24, 32)
+
+
+def test_folders_of_nights_are_recognised_as_swapped_by_several_pictures(tmp_path: Path):
+    random = np.random.default_rng(0)
+    for number in range(5):
+        infrared = random.integers(0, 255, (120, 160), np.uint8)
+        visible = random.integers(0, 255, (120, 160, 3), np.uint8) if number else np.repeat(infrared[..., None], 3, 2)
+        write_pair(tmp_path, infrared, visible, f"{number}")
+    with pytest.raises(SourceError, match=r"vi is in colour and ir is grey.*swapped"):
+        check_alignment(tmp_path / "vi", tmp_path / "ir")
+
+
+def test_a_picture_beside_a_recording_is_refused(tmp_path: Path):
+    thermal, colour = write_pair(tmp_path, *scene())
+    with pytest.raises(SourceError, match="two pictures, or two recordings"):
+        check_alignment(thermal.parent, colour)

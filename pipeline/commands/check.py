@@ -59,8 +59,9 @@ def check(
     """
     from pipeline.commands.overlay import Overlays
     from pipeline.errors import ConfigError
-    from pipeline.telemetry import write_report
+    from pipeline.telemetry import check_report_target, write_report
 
+    check_report_target(as_json)
     if displacement is not None and not each:
         raise ConfigError("--displacement is of single pairs: add --each")
     with nullcontext() if pictures is None else Overlays(pictures) as drawn:
@@ -139,7 +140,8 @@ def check_each(
 def describe(result: dict[str, Any]) -> str:
     """One line for people."""
     if result["state"] == "no_information":
-        return "no information: the pictures show nothing that both cameras see; record a scene with edges in both"
+        wrong = "; if they have them, the calibration is of another rig" if result["calibrated"] else ""
+        return f"no information: nothing was found that both cameras see; record a scene with edges in both{wrong}"
     (x, y), sigma = result["shift_px"], result["sigma_px"]
     return (
         f"{result['state']} (health {result['health']:.2f}): infrared belongs {result['displacement_px']:.1f} px off "
@@ -281,7 +283,7 @@ def _stills_of(infrared: Path, visible: Path, most: int | None = None) -> Iterat
         pairs = [(file, partner) for file, partner in named if partner is not None]
     else:
         pairs = [(thermal, colour) for thermal, colour, _ in list_pairs(infrared, visible, Path("."))]
-    refuse_swapped_pictures(*pairs[0])
+    refuse_swapped_pictures([thermal for thermal, _ in pairs], [colour for _, colour in pairs])
     for thermal, colour in pairs[:: 1 if most is None else -(-len(pairs) // most)]:
         yield colour.stem, read_pair(thermal, colour)
 
@@ -296,13 +298,17 @@ def _pairs(infrared: Path, visible: Path, register: Register) -> Iterator[tuple[
 
 def _stills(infrared: Path, visible: Path) -> bool:
     """Whether still pairs were given: two images, or two folders with equal names."""
+    from pipeline.errors import SourceError
     from pipeline.recording import IMAGE_SUFFIXES
     from pipeline.sources.folder import image_files
 
     if infrared.is_dir() and visible.is_dir():
         names = [sorted(file.stem for file in image_files(folder, none_allowed=True)) for folder in (infrared, visible)]
         return bool(names[0]) and names[0] == names[1]
-    return all(path.suffix.lower() in IMAGE_SUFFIXES and not path.is_dir() for path in (infrared, visible))
+    pictures = [path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES for path in (infrared, visible)]
+    if any(pictures) and not all(pictures) and infrared.exists() and visible.exists():
+        raise SourceError("one input is a single picture and the other is none: give two pictures, or two recordings")
+    return all(pictures)
 
 
 def _in_time(infrared: Path, visible: Path, register: Register) -> Iterator[tuple[str, FramePair]]:
