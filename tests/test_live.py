@@ -25,7 +25,7 @@ from pipeline.register import Register
 from pipeline.sources.opening import open_source
 from pipeline.sources.synthetic import true_rig
 from pipeline.telemetry import Distribution, Telemetry, write_report
-from tests.rigs.engines import MaximumEngine, RegisteringMaximumEngine
+from tests.rigs.engines import CountingEngine, MaximumEngine, RegisteringMaximumEngine
 from tests.rigs.recordings import write_video
 
 
@@ -114,22 +114,7 @@ def test_an_engine_slower_than_the_cameras_drops_the_oldest_and_stays_current():
 
 def test_two_pictures_at_once_double_the_rate_and_keep_their_order():
     """Each takes 100 ms of the 40 ms between two frames."""
-
-    class Counting(MaximumEngine):
-        now = most = 0
-        lock = threading.Lock()
-
-        def fuse(self, infrared, visible, priors):
-            with self.lock:
-                self.now += 1
-                self.most = max(self.most, self.now)
-            try:
-                return super().fuse(infrared, visible, priors)
-            finally:
-                with self.lock:
-                    self.now -= 1
-
-    engine = Counting(fuse_s=0.1, at_once=2)
+    engine = CountingEngine(fuse_s=0.1, at_once=2)
     indices: list[int] = []
     captured: list[int] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
 import cv2
@@ -41,6 +42,25 @@ class MaximumEngine:
 
     def close(self) -> None:
         self.closed = True
+
+
+class CountingEngine(MaximumEngine):
+    """One that knows how many frames it had at the same time, at `most`."""
+
+    def __init__(self, fuse_s: float = 0.0, at_once: int = 1) -> None:
+        super().__init__(fuse_s, at_once=at_once)
+        self._lock = threading.Lock()
+        self._now = self.most = 0
+
+    def fuse(self, infrared: np.ndarray, visible: np.ndarray, priors: Priors) -> np.ndarray:
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+        try:
+            return super().fuse(infrared, visible, priors)
+        finally:
+            with self._lock:
+                self._now -= 1
 
 
 class RegisteringMaximumEngine(MaximumEngine):
