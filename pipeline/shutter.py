@@ -10,8 +10,9 @@ did just before. It changes little; and where the view was moving, the change no
 differences of a moving view are alike, those of a coding are not. Means over small blocks are compared, in which coding
 noise cancels. A scene that comes to rest changes little as well, but everywhere, by the sensor's noise; that is told
 after a few pictures. What a codec has smoothed so far that a live, resting scene repeats exactly cannot be told from a
-closed shutter: where it stood still before it is taken for live, and after 3.6 s in any case, for no shutter is closed
-for longer.
+closed shutter: where it stood still before it is taken for live, at the latest after 3.6 s, for no shutter is closed for
+longer. Where the view was moving, and where nothing shows that there is a codec, it stays a frozen picture: a camera
+that hangs must never pass for a live one.
 """
 
 from __future__ import annotations
@@ -167,7 +168,10 @@ class Shutter:
         """Whether what looked like a closed shutter is a scene that stands still."""
         if self.count < REST_PICTURES:
             return False
-        return self.count >= LONGEST_PICTURES or median(change.share for change in self._run) > REST_SHARE
+        if median(change.share for change in self._run) > REST_SHARE:
+            return True
+        moved = len(self._live) >= FEWEST_PICTURES and self._usual(lambda one: one.levels) > CODING_LEVELS
+        return self.count >= LONGEST_PICTURES and self._lossy and not moved
 
     def _change_of(self, image: np.ndarray) -> _Change | None:
         """From the picture before; None: there is none of this size."""

@@ -58,7 +58,9 @@ def filmed(
 
 
 @cache
-def coded(codec: str, speed_px: float = 2.0, noise: float = 1.5, closed: range = CLOSED) -> list[np.ndarray]:
+def coded(
+    codec: str, speed_px: float = 2.0, noise: float = 1.5, closed: range = CLOSED, count: int = 110
+) -> list[np.ndarray]:
     """What `filmed` gives, as it comes out of a codec."""
     name, options = CODECS[codec]
     file = io.BytesIO()
@@ -66,7 +68,7 @@ def coded(codec: str, speed_px: float = 2.0, noise: float = 1.5, closed: range =
         stream = container.add_stream(name, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
         stream.codec_context.thread_count = 1
-        for picture in filmed(speed_px, noise, closed=closed):
+        for picture in filmed(speed_px, noise, count, closed):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="gray")))
         container.mux(stream.encode(None))
     file.seek(0)
@@ -119,6 +121,18 @@ def test_a_scene_that_comes_to_rest_is_live_again_after_a_few_pictures():
     found = repeats(filmed(2.0, noise=1.5, closed=range(0), rest=50))
     assert not any(found[:50])
     assert not any(found[62:])
+
+
+@pytest.mark.parametrize("hangs_at", [1, 30])
+def test_a_camera_that_hangs_is_never_taken_for_a_live_one(hangs_at: int):
+    found = repeats(filmed(1.0, noise=1.5, count=hangs_at + 500, closed=range(hangs_at, hangs_at + 500)))
+    assert all(found[hangs_at:])  # for 20 s
+
+
+@pytest.mark.parametrize("codec", ["rtsp camera", "constant bit rate", "600 kbit/s", "mpeg4", "strong"])
+def test_a_camera_that_hangs_behind_a_codec_is_not_taken_for_a_live_one(codec: str):
+    found = repeats(coded(codec, 1.0, closed=range(40, 240), count=240))
+    assert sum(found[40:]) == 200
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
