@@ -10,9 +10,9 @@ did just before. It changes little; and where the view was moving, the change no
 differences of a moving view are alike, those of a coding are not. Means over small blocks are compared, in which coding
 noise cancels. A scene that comes to rest changes little as well, but everywhere, by the sensor's noise; that is told
 after a few pictures. What a codec has smoothed so far that a live, resting scene repeats exactly cannot be told from a
-closed shutter: where it stood still before it is taken for live, at the latest after 3.6 s, for no shutter is closed for
-longer. Where the view was moving, and where nothing shows that there is a codec, it stays a frozen picture: a camera
-that hangs must never pass for a live one.
+closed shutter: where it stood still before, it is taken for live, at the latest after 3.6 s, for no shutter is closed
+for longer. Where the view was moving, and where nothing shows that there is a codec, it stays a frozen picture: a
+camera that hangs must never pass for a live one.
 """
 
 from __future__ import annotations
