@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -15,6 +17,7 @@ from engines.arrays import picture_of
 from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, EngineError
 from engines.dspfusion.diffusion import STEPS, SemanticDiffusion, alpha_bars, stride
 from engines.dspfusion.folded import FoldedFrame
+from engines.dspfusion.head import DetailBands
 from engines.dspfusion.loading import build, load
 from engines.dspfusion.network import DSPFusion, PriorTokens, pad
 from engines.dspfusion.priors import mosaic, thumbnail
@@ -117,6 +120,32 @@ def test_the_folded_frame_is_the_same_function(name: str, height: int, width: in
     assert expected.std() > 20  # the picture is no plain one
     assert np.abs(found.astype(int) - expected).max() <= 1
     assert (found != expected).mean() < 1e-3
+
+
+@pytest.mark.parametrize("step", [4, 2])
+def test_detail_is_raised_band_by_band_as_on_the_plane(step: int):
+    """0.7 of the detail finer than a Gaussian of 0.7 px, and -1.3 of that between 0.7 and 1.4 px."""
+    plane = torch.rand(1, 1, 48, 64)
+    details = DetailBands(5, step)
+    details.factors.bias.data = torch.tensor([0.7, -1.3])
+    with torch.no_grad():
+        added = F.pixel_shuffle(
+            details(torch.zeros(1, 5, 48 // step, 64 // step), F.pixel_unshuffle(plane, step)), step
+        )
+    picture = plane[0, 0].numpy()
+    smooth = [picture, *(cv2.GaussianBlur(picture, (9, 9), sigma) for sigma in (0.7, 1.4))]
+    expected = 0.7 * (smooth[0] - smooth[1]) - 1.3 * (smooth[1] - smooth[2])
+    inside = (slice(4, -4), slice(4, -4))
+    assert np.abs(added[0, 0].numpy()[inside] - expected[inside]).max() < 1e-5
+    border = np.ones_like(picture, bool)
+    border[inside] = False
+    assert not added[0, 0].numpy()[border].any()  # it never looks over the border
+
+
+def test_a_plain_picture_has_no_detail():
+    details = DetailBands(5, 4)
+    details.factors.bias.data = torch.tensor([5.0, 5.0])
+    assert details(torch.zeros(1, 5, 6, 8), torch.full((1, 16, 6, 8), 0.8)).abs().max() < 1e-5
 
 
 def test_an_untrained_nano_shows_nearly_the_brighter_source():

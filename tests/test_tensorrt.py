@@ -41,7 +41,7 @@ CONVERTERS = {
     "aten.relu.default", "aten.rsqrt.default", "aten.select.int", "aten.sigmoid.default", "aten.slice.Tensor",
     "aten.split_with_sizes.default", "aten.sub.Tensor", "aten.sum.dim_IntList", "aten.tanh.default",
     "aten.unsqueeze.default", "aten.view.default", "aten.div.Tensor", "aten.squeeze.dims", "aten.exp.default",
-    "aten.sym_size.int", "getitem",
+    "aten.sym_size.int", "getitem", "aten.constant_pad_nd.default",
 }  # fmt: skip
 LOWERED = {"aten._assert_tensor_metadata.default", "aten.full_like.default", "aten.alias.default"}
 

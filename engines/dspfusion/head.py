@@ -7,6 +7,8 @@ twenty minutes) and the second has it from the start (0.93 after nine).
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,9 +33,10 @@ class RestoredHead(nn.Module):
     infrared.
 
     Gains let a smooth correction keep full-resolution detail (a dark picture needs a gain); offsets repaint what a
-    gain cannot (noise, stripes). Colour is the visible picture's own chroma, corrected the same way. All of it
-    happens on unshuffled pictures, (B, step * step, H / step, W / step): compilers are several times slower on planes
-    of one channel.
+    gain cannot (noise, stripes). Detail of the result is raised (blur) or lowered (noise) at the picture's own
+    precision, which the U-Net's few features cannot carry. Colour is the visible picture's own chroma, corrected as
+    the sources are. All of it happens on unshuffled pictures, (B, step * step, H / step, W / step): compilers are
+    several times slower on planes of one channel.
     """
 
     plain: Tensor
@@ -50,6 +53,7 @@ class RestoredHead(nn.Module):
             assert layer.bias is not None
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
+        self.details = DetailBands(width, step)
         # Fixed strided convolutions unshuffle the pictures and turn RGB into luminance and colour differences.
         one = torch.eye(step**2).reshape(step**2, 1, step, step)
         colours = torch.tensor([[RED, GREEN, BLUE], [-RED, -GREEN, 1 - BLUE], [1 - RED, -GREEN, -BLUE]])
@@ -73,5 +77,59 @@ class RestoredHead(nn.Module):
         restored_infrared = infrared + maps[2] * infrared + maps[3]
         gate = torch.sigmoid(maps[4] + GATE_AT_START)
         fused = restored_visible + gate * F.relu(restored_infrared - restored_visible)
+        fused = fused + self.details(x, fused)
         # 1.772 Cb and 1.402 Cr
         return fused, blue + blue * maps[5] + maps[6], red + red * maps[5] + maps[7]
+
+
+class DetailBands(nn.Module):
+    """A learned, local unsharp mask: raises or lowers two bands of a picture's detail by a factor at every position.
+
+    The bands are differences of Gaussians. On an unshuffled picture both are one convolution; the outermost positions,
+    where it would look over the border, keep their detail as it is.
+    """
+
+    kernel: Tensor
+    SIGMAS_PX = (0.7, 1.4)
+    REACH_PX = 4
+
+    def __init__(self, width: int, step: int) -> None:
+        super().__init__()
+        self.factors = nn.Conv2d(width, len(self.SIGMAS_PX), 1)
+        nn.init.zeros_(self.factors.weight)
+        assert self.factors.bias is not None
+        nn.init.zeros_(self.factors.bias)
+        self.border = -(-self.REACH_PX // step)  # positions
+        size = 2 * self.REACH_PX + 1
+        same = torch.zeros(size, size)
+        same[self.REACH_PX, self.REACH_PX] = 1
+        smooth = [same, *(gaussian(size, sigma) for sigma in self.SIGMAS_PX)]
+        bands = torch.stack([finer - coarser for finer, coarser in pairwise(smooth)])
+        self.register_buffer("kernel", unshuffled(bands, step), persistent=False)
+
+    def forward(self, x: Tensor, picture: Tensor) -> Tensor:
+        """What to add to an unshuffled picture (B, step * step, H, W), by the features x (B, width, H, W)."""
+        fine, middle = F.pad(F.conv2d(picture, self.kernel), [self.border] * 4).chunk(2, 1)
+        factor_of_fine, factor_of_middle = self.factors(x).chunk(2, 1)
+        return factor_of_fine * fine + factor_of_middle * middle
+
+
+def gaussian(size: int, sigma: float) -> Tensor:
+    """A round Gaussian of size x size that sums to one."""
+    line = torch.exp(-((torch.arange(size) - size // 2) ** 2) / (2 * sigma**2))
+    square = line[:, None] * line
+    return square / square.sum()
+
+
+def unshuffled(filters: Tensor, step: int) -> Tensor:
+    """Filters (N, size, size) for a plane, as one kernel (N * step * step, step * step, n, n) for it unshuffled."""
+    reach = filters.shape[-1] // 2
+    border = -(-reach // step)  # positions
+    free = (2 * border + 1) * step - filters.shape[-1]  # pixels that the positions cover beyond one filter
+    first = border * step - reach  # where the filter of a position's first pixel begins
+    placed = [
+        F.pad(filters, (first + x, free - first - x, first + y, free - first - y))
+        for y in range(step)
+        for x in range(step)
+    ]
+    return F.pixel_unshuffle(torch.stack(placed, 1)[:, :, None], step).flatten(0, 1)

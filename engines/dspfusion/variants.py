@@ -85,7 +85,7 @@ VARIANTS: dict[str, Variant] = {
             denoiser_width=128,
             denoiser_layers=3,
         ),
-        # Between the two, for a small GPU or a strong processor: 3.0 M parameters, 11.1 GMAC at 640x480. OpenVINO takes
+        # Between the two, for a small GPU or a strong processor: 3.0 M parameters, 11.2 GMAC at 640x480. OpenVINO takes
         # 475 ms of processor time a frame in fp32, 227 ms in bf16, where nano takes 48 and 34 (minima, busy machine).
         Variant(
             name="small",
