@@ -466,11 +466,11 @@ def test_a_missing_tensorboard_is_said_once(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_four_pairs_are_learned_by_heart(config: TrainConfig):
-    """Within 40 iterations at a high rate the brightness comes twice as near, and the degradations have their names."""
-    training = Training(changed(config, iterations=(40, 0, 0), rates=(2e-2, 1e-3, 1e-3)), pairs_of(config))
+    """Within 80 iterations at a high rate the brightness comes twice as near, and the degradations have their names."""
+    training = Training(changed(config, iterations=(80, 0, 0), rates=(2e-2, 1e-3, 1e-3)), pairs_of(config))
     batch = draw_batch(training.pairs, 4, dataclasses.replace(DRAW, clean_share=0, missing_share=0), 1, 0)
     before = image_losses(training.network, batch, 1)
-    for _ in range(40):
+    for _ in range(80):
         training.step(batch)
         training.done[0] += 1
     after = image_losses(training.network, batch, 1)
