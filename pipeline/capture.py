@@ -169,7 +169,7 @@ class Capture:
         self._last_index = None
         while not self._stopping.is_set():
             self._waiting_since_ns = time.monotonic_ns()
-            frame = self.source.grab()
+            frame = self._shutter.judged(self.source.grab())
             self._waiting_since_ns = None
             if self._recycle:
                 raise SourceError(f"the {self.source.camera} camera was silent for too long: its connection is renewed")
@@ -188,8 +188,6 @@ class Capture:
         if self._last_index is not None and frame.index > self._last_index + 1:
             self.missed += frame.index - self._last_index - 1
         self._last_index = frame.index
-        if frame.camera == "infrared":
-            self._shutter.add(frame.image)
 
     def _deliver(self, frame: Frame) -> None:
         try:

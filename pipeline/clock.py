@@ -20,7 +20,6 @@ from calibration.time_offset import MotionSignal, NoSharedMotion, TimeOffset, es
 from pipeline.background import give_way
 from pipeline.frame import Camera, Frame
 from pipeline.handover import HandoverClosed, Latest
-from pipeline.shutter import Shutter
 
 log = logging.getLogger("dspfusion.clock")
 
@@ -49,7 +48,6 @@ class MotionLog:
 
     def __init__(self, window_s: float | None = None) -> None:
         self._ego = EgoMotion()
-        self._shutter = Shutter()
         self._window_s = window_s
         self._samples: deque[tuple[float, float, float, bool]] = deque()
         self._broken = False
@@ -58,7 +56,7 @@ class MotionLog:
     def add(self, frame: Frame, offset_ms: float = 0.0) -> None:
         """Measures one frame. A picture that a closed shutter repeats shows an old moment, and says nothing."""
         self.frames += 1
-        if frame.camera == "infrared" and self._shutter.add(frame.image):
+        if frame.repeats:
             return
         self.note(frame.captured_ns / 1e9 - offset_ms / 1e3, self._ego.add(frame.image))
 
@@ -254,9 +252,9 @@ class ClockWatch:
         self._thread.start()
 
     def offer(self, frame: Frame) -> None:
-        """Takes a look at a frame, soon. Never waits; what the thread cannot keep up with is left out."""
+        """Takes a look at a frame, soon. Never waits; what is old or the thread cannot keep up with is left out."""
         passed_ns = frame.captured_ns - self._offered_ns.get(frame.camera, 0)
-        if 0 <= passed_ns < LEAST_INTERVAL_NS or not self._thread.is_alive():
+        if frame.repeats or 0 <= passed_ns < LEAST_INTERVAL_NS or not self._thread.is_alive():
             return
         self._offered_ns[frame.camera] = frame.captured_ns
         self._waiting.put(frame)

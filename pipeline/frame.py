@@ -29,6 +29,7 @@ class Frame:
     arrived_ns: int = 0  # time.monotonic_ns() when the frame was in our hands
     bits: int = 8  # significant bits of a sample: 8, 14 or 16
     suspect: bool = False  # decoded after a loss, before the next keyframe
+    repeats: int = 0  # times in a row that this camera has sent the picture before; above 0 it shows an old moment
 
     def __post_init__(self) -> None:
         shape, kind = self.image.shape, self.image.dtype

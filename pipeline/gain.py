@@ -22,7 +22,7 @@ from pipeline import equalize
 from pipeline.conditioning import DeadPixels, Stripes
 from pipeline.config import GainConfig
 from pipeline.frame import Frame
-from pipeline.shutter import Shutter
+from pipeline.shutter import FROZEN_REPEATS
 
 MAX_STEP_LEVELS = 1.5  # of 255, a frame
 HURRY_SHARE = 0.3  # of the picture without contrast
@@ -42,8 +42,6 @@ class InfraredGain:
         self._dead_pixels = DeadPixels()
         self._stripes = {"columns": Stripes(axis=1), "rows": Stripes(axis=0)}
         self._transfer: _Transfer = _transfer_of(self.config)
-        self._shutter = Shutter()
-        self._was_frozen = False
         self._median: float | None = None
         self._last_frame: Frame | None = None
         self._last_result: tuple[np.ndarray, dict[str, Any]] | None = None
@@ -61,12 +59,11 @@ class InfraredGain:
         if self._last_result is not None and frame is self._last_frame:
             return self._last_result
         self._times_ms = {}
-        repeat = self._shutter.add(frame.image)
+        repeat = self._is_repeat(frame)
         after_shutter = not repeat and self._after_shutter(frame)
-        self._was_frozen = self._shutter.frozen or (self._was_frozen and repeat > 0)
         image = self._repaired(frame, learn=not repeat, after_shutter=after_shutter)
         with self._timed("gain"):
-            picture, info = self._converted(frame, image, repeat > 0, after_shutter)
+            picture, info = self._converted(frame, image, repeat, after_shutter)
         info |= {
             "polarity": self.config.polarity,
             "dead_pixels": self._dead_pixels.count,
@@ -82,10 +79,16 @@ class InfraredGain:
         yield
         self._times_ms[step] = (time.perf_counter() - started) * 1e3
 
+    def _is_repeat(self, frame: Frame) -> bool:
+        """Whether the frame repeats a picture that was given: pairing may have left out the one that was new."""
+        last = self._last_frame
+        return last is not None and frame.repeats > 0 and frame.index - frame.repeats <= last.index
+
     def _after_shutter(self, frame: Frame) -> bool:
         last = self._last_frame
-        gap = last is not None and frame.captured_ns - last.captured_ns > GAP_NS
-        return last is not None and frame.size == last.size and (self._was_frozen or gap)
+        if last is None or frame.size != last.size:
+            return False
+        return last.repeats >= FROZEN_REPEATS or frame.captured_ns - last.captured_ns > GAP_NS
 
     def _repaired(self, frame: Frame, learn: bool, after_shutter: bool) -> np.ndarray:
         image, raw = frame.image, frame.image.dtype == np.uint16

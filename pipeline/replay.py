@@ -30,6 +30,7 @@ from pipeline.publish import PublishContext, Publisher
 from pipeline.record import VideoFile
 from pipeline.recording import doubts, probe, refuse_other_size, refuse_overwriting, refuse_unlikely
 from pipeline.register import Register
+from pipeline.shutter import Shutter
 from pipeline.sources.base import Source
 from pipeline.sources.opening import open_source
 from pipeline.sync import Account, pair_recordings
@@ -165,11 +166,12 @@ def frames_of(path: str, camera: Camera, rate_hz: float) -> Iterator[Frame]:
 
 def grab_all(source: Source) -> Iterator[Frame]:
     """Opens a recording, and gives all its frames."""
+    shutter = Shutter()
     source.open()
     try:
         while True:
             try:
-                yield source.grab()
+                yield shutter.judged(source.grab())
             except SourceEnded:
                 return
             except SourceError as error:

@@ -13,17 +13,21 @@ after a few pictures. What a codec has smoothed so far that a live, resting scen
 closed shutter: where it stood still before, it is taken for live, at the latest after 3.6 s, for no shutter is closed
 for longer. Where the view was moving, and where nothing shows that there is a codec, it stays a frozen picture: a
 camera that hangs must never pass for a live one.
+
+A camera's pictures are judged once, all of them, where they enter the pipeline: each frame carries the verdict on.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import cv2
 import numpy as np
+
+from pipeline.frame import Frame
 
 FROZEN_REPEATS = 2  # two repeats of a picture, three equal ones in a row, are a closed shutter
 _ROW_STEP = 8  # every eighth row tells pictures apart in less than 0.01 ms
@@ -93,6 +97,12 @@ class Shutter:
         self._moved = 0  # pictures in a row
         self._lossy = False
         self.count = 0
+
+    def judged(self, frame: Frame) -> Frame:
+        """The frame with its repeats told. A visible camera has no shutter."""
+        if frame.camera != "infrared" or not self.add(frame.image):
+            return frame
+        return replace(frame, repeats=self.count)
 
     def add(self, image: np.ndarray) -> int:
         """Returns 0 for a new picture, n for its n-th repeat."""

@@ -32,7 +32,6 @@ from statistics import median
 
 from pipeline.config import SyncConfig
 from pipeline.frame import Camera, Frame, FramePair, Mode
-from pipeline.shutter import Shutter
 
 FRESH_PERIODS = 1.5  # an infrared frame older than this many infrared periods is never "fused"
 SETTLE_FRAMES = 5  # regular frames after an absence before a camera counts again...
@@ -74,7 +73,6 @@ class _Candidate:
     frame: Frame
     came_ns: int
     used: bool = False
-    repeat: bool = False  # recordings only: a picture seen before in a row
 
     @property
     def captured_ns(self) -> int:
@@ -194,7 +192,6 @@ class Sync:
         self._rhythm: dict[Camera, _Rhythm] = {"infrared": _Rhythm(), "visible": _Rhythm()}
         self._presence: dict[Camera, _Presence] = {"infrared": _Presence(), "visible": _Presence()}
         self._backwards: dict[Camera, list[int]] = {"infrared": [], "visible": []}
-        self._shutter = Shutter()
         self._released_until_ns: int | None = None  # capture time of the newest pair
         self._now_ns: int | None = None
         self._watched_ns = 0
@@ -216,10 +213,6 @@ class Sync:
     @property
     def dropped(self) -> dict[Camera, Counter[str]]:
         return self.account.dropped
-
-    @property
-    def shutter_closed(self) -> bool:
-        return self._shutter.frozen
 
     def absent(self, camera: Camera) -> bool:
         return self._presence[camera].absent
@@ -243,7 +236,7 @@ class Sync:
             return
         self._learn_rhythm(camera, frame.captured_ns)
         self._rhythm[camera].arrived(now_ns - frame.captured_ns)
-        if camera == "infrared" and self._shutter.add(frame.image):
+        if frame.repeats:
             self.account.drop(camera, "repeat")
         elif not settled:
             self.account.drop(camera, "settling")
@@ -481,7 +474,6 @@ class _Recordings:
         self._account = account
         self._max_skew_ns = round(config.max_skew_ms * 1e6)
         self._hold_ns = round(config.hold_ms * 1e6)
-        self._shutter = Shutter()
         self._ahead: dict[Camera, _Candidate | None] = {}  # read, and not yet held or paired
         self._rhythm: dict[Camera, _Rhythm] = {"infrared": _Rhythm(), "visible": _Rhythm()}
         rate = 1 + config.infrared_drift_ppm * 1e-6
@@ -539,8 +531,7 @@ class _Recordings:
                 continue
             newest_ns = frame.captured_ns
             self._rhythm[camera].add(newest_ns)
-            repeat = camera == "infrared" and self._shutter.add(frame.image) > 0
-            yield _Candidate(frame, frame.captured_ns, repeat=repeat)
+            yield _Candidate(frame, frame.captured_ns)
 
     def _alone_in_gap(
         self, before: list[_Candidate], previous_ns: int | None, next_ns: int | None
@@ -562,7 +553,7 @@ class _Recordings:
         nearest = before[costs.index(min(costs))]
         age_ns = visible.captured_ns - nearest.captured_ns
         distance_ns = abs(age_ns)
-        fresh = age_ns <= FRESH_PERIODS * period_ns and not nearest.used and not nearest.repeat
+        fresh = age_ns <= FRESH_PERIODS * period_ns and not nearest.used and not nearest.frame.repeats
         if fresh and distance_ns <= self._max_skew_ns:
             mode: Mode = "fused"
         else:

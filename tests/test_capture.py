@@ -220,6 +220,17 @@ def test_a_closed_shutter_is_a_state_of_its_own(run):
     until(lambda: capture.state == "live")
 
 
+def test_every_frame_that_is_handed_on_tells_how_often_its_picture_came_before(run):
+    frames: dict[Camera, list[Frame]] = {"infrared": [], "visible": []}
+    for camera, taken in frames.items():
+        source = FakeCamera(camera)
+        source.content = lambda index: min(index, 3) if index < 8 else index
+        run(source, taken.append)
+    until(lambda: min(map(len, frames.values())) >= 10)
+    assert [frame.repeats for frame in frames["infrared"][:10]] == [0, 0, 0, 0, 1, 2, 3, 4, 0, 0]
+    assert not any(frame.repeats for frame in frames["visible"])  # which has no shutter
+
+
 # A camera that blocks
 
 

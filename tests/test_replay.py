@@ -63,6 +63,22 @@ def test_two_folders_replay_in_name_order(tmp_path: Path):
     assert report["modes"]["fused"] == 3
 
 
+def test_a_picture_that_a_closed_shutter_repeats_is_fused_once_and_then_held(tmp_path: Path):
+    import cv2
+    import numpy as np
+
+    for name, content in (("ir", (0, 1, 2, 2, 2, 3)), ("vis", range(6))):
+        (tmp_path / name).mkdir()
+        for index, number in enumerate(content):
+            image = np.random.default_rng(number).integers(0, 4000, (32, 48)).astype(np.uint16)
+            colour = cv2.merge([np.uint8(image // 16)] * 3)
+            cv2.imwrite(str(tmp_path / name / f"{index}.png"), image if name == "ir" else colour)
+    modes = []
+    config = ReplayConfig(infrared=str(tmp_path / "ir"), visible=str(tmp_path / "vis"))
+    replay(config, engine=MaximumEngine(), on_fused=lambda fused: modes.append(fused.mode))
+    assert modes == ["fused", "fused", "fused", "held", "held", "fused"]
+
+
 def test_a_longer_recording_goes_on_alone(tmp_path: Path):
     infrared = write_video(tmp_path / "ir.mkv", frames=10, colour=False)
     visible = write_video(tmp_path / "vis.mkv", frames=25)

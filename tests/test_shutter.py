@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+from pipeline.clock import MotionLog
 from pipeline.frame import Frame
 from pipeline.shutter import BLOCK_PX, Shutter
 from pipeline.sync import pair_recordings
@@ -150,12 +151,21 @@ def test_a_picture_of_another_size_begins_anew():
     assert shutter.add(np.ascontiguousarray(pictures[60][: -4 * BLOCK_PX])) == 0
 
 
+def test_the_motion_of_a_view_is_not_measured_while_the_shutter_is_closed():
+    shutter, log = Shutter(), MotionLog()
+    for index, picture in enumerate(filmed(1.0, noise=1.5)):
+        log.add(shutter.judged(Frame("infrared", picture, index * 40_000_000, index)))
+    measured = [round(time_s * 25) for time_s in log.signal().times_s]
+    assert measured == [index for index in range(log.frames) if index not in CLOSED]
+
+
 @pytest.mark.parametrize("codec", ["rtsp camera", "constant bit rate", "600 kbit/s", "150 kbit/s", "strong"])
 def test_no_pair_of_a_coded_recording_with_a_closed_shutter_is_called_fused(codec: str):
     infrared = coded(codec)
     black = np.zeros((*SIZE[::-1], 3), np.uint8)
+    shutter = Shutter()
     pairs = pair_recordings(
-        (Frame("infrared", picture, index * 40_000_000, index) for index, picture in enumerate(infrared)),
+        (shutter.judged(Frame("infrared", one, index * 40_000_000, index)) for index, one in enumerate(infrared)),
         (Frame("visible", black, index * 40_000_000, index) for index in range(len(infrared))),
     )
     modes = [pair.mode for pair in pairs]

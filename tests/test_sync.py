@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import SyncConfig
 from pipeline.frame import Camera, Frame, FramePair
+from pipeline.shutter import Shutter
 from pipeline.sync import Account, Sync, pair_recordings
 
 MS = 1_000_000
@@ -59,7 +60,7 @@ class Rig:
         dead: Callable[[float], bool] = lambda second: False,
         frozen: Callable[[float], bool] = lambda second: False,
     ) -> Rig:
-        newest_arrival, content = 0, 0
+        newest_arrival, content, shutter = 0, 0, Shutter()
         for index in range(int(rate_hz * seconds)):
             second = index / rate_hz + phase_ms / 1e3 + self.random.normal(0, jitter_ms / 1e3)
             if self.random.random() < drops or dead(second):
@@ -68,7 +69,7 @@ class Rig:
             stamp = second + self.random.normal(0, stamp_noise_ms / 1e3)
             arrival = second + latency_ms / 1e3 + self.random.exponential(0.004)
             newest_arrival = max(newest_arrival + 1, round(arrival * 1e9))
-            one = Frame(camera, picture(camera, content), round(stamp * 1e9), index)
+            one = shutter.judged(Frame(camera, picture(camera, content), round(stamp * 1e9), index))
             self.true_ns[camera, index] = round(second * 1e9)
             heapq.heappush(self.arrivals, (newest_arrival, len(self.true_ns), one))
         return self
@@ -548,10 +549,10 @@ def test_after_one_camera_stalled_for_a_second_latency_is_back_within_a_second(c
 )
 def test_whatever_arrives_every_frame_is_used_or_counted(events, skew_ms, wait_ms, hold_ms):
     sync = Sync(SyncConfig(max_skew_ms=skew_ms, max_wait_ms=wait_ms, hold_ms=hold_ms))
-    now_ns, pairs = 0, []
+    now_ns, pairs, shutter = 0, [], Shutter()
     for camera, captured_ms, passed_ms, content, poll in events:
         now_ns += passed_ms * MS
-        sync.add(frame(camera, captured_ms, content=content), now_ns)
+        sync.add(shutter.judged(frame(camera, captured_ms, content=content)), now_ns)
         if poll:
             pairs += sync.poll(now_ns)
     pairs += sync.flush(now_ns)
@@ -566,10 +567,10 @@ def test_whatever_arrives_every_frame_is_used_or_counted(events, skew_ms, wait_m
 @settings(max_examples=100, deadline=None)
 @given(*[st.lists(st.tuples(st.integers(0, 3_000), st.integers(0, 3)), max_size=60)] * 2)
 def test_whatever_two_recordings_hold_every_frame_is_used_or_counted(infrared_frames, visible_frames):
-    account = Account()
+    account, shutter = Account(), Shutter()
     pairs = list(
         pair_recordings(
-            [frame("infrared", ms, content=content) for ms, content in infrared_frames],
+            [shutter.judged(frame("infrared", ms, content=content)) for ms, content in infrared_frames],
             [frame("visible", ms, content=content) for ms, content in visible_frames],
             account=account,
         )
@@ -638,7 +639,8 @@ def test_a_drift_between_two_recordings_is_taken_off():
 
 
 def test_a_still_infrared_recording_is_held_and_never_left_out():
-    infrared_frames = [frame("infrared", 40 * index, index, content=1) for index in range(50)]
+    shutter = Shutter()
+    infrared_frames = [shutter.judged(frame("infrared", 40 * index, index, content=1)) for index in range(50)]
     assert modes(list(pair_recordings(infrared_frames, recording("visible", 25, 50)))) == ["fused"] + ["held"] * 49
 
 
