@@ -126,10 +126,10 @@ def _drops(shape: tuple[int, int], strength: float, angle_deg: float, random: np
 
 def _drizzle(shape: tuple[int, int], strength: float, angle_deg: float, random: np.random.Generator) -> Picture:
     """Many fine streaks of drops far away: noise drawn out along a line, of which the brighter part shows."""
-    noise = cv2.GaussianBlur(_normal(shape, random), (0, 0), random.uniform(0.3, 0.7))
+    noise = cv2.GaussianBlur(_normal(shape, random), (0, 0), random.uniform(0.3, 1.3))
     drawn_out = cv2.filter2D(noise, -1, _line(int(random.integers(9, 45)), angle_deg))
-    streaks = drawn_out / max(1e-6, float(drawn_out.std())) - random.uniform(0.3, 1.2)
-    return np.clip(streaks * _within(strength, 0.05, 0.25), 0, 0.8).astype(np.float32)
+    streaks = drawn_out / max(1e-6, float(drawn_out.std())) - random.uniform(-0.5, 1.2)
+    return np.clip(streaks * _within(strength, 0.02, 0.2), 0, 0.8).astype(np.float32)
 
 
 def _haze(picture: Picture, strength: float, random: np.random.Generator) -> Picture:

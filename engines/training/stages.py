@@ -2,9 +2,10 @@
 
 Stage I trains everything but the diffusion: semantic tokens come from the clean pair, degradation tokens from the
 degraded one. Stage II trains the denoiser alone: the tokens that it restores from the degraded pair take the place of
-the clean ones. Stage III is ours, not the paper's: the U-Net learns to work with the tokens that it will be given,
-because clean ones tell it more (how bright a darkened scene was) than any denoiser can restore. Stage IV, ours too,
-shows the U-Net two neighbouring video frames with the priors of the first, as a running camera will.
+the clean ones. Stage III is ours, not the paper's: the whole network learns together from the degraded pair. The U-Net
+gets to know the tokens that it will be given, because clean ones tell it more (how bright a darkened scene was) than
+any denoiser can restore, and those who make the tokens learn what the U-Net needs to be told. Stage IV, ours too, shows
+the U-Net two neighbouring video frames with the priors of the first, as a running camera will.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ TAUGHT_STAGES = (1, 3)
 
 
 def learns(parameter: str, stage: int) -> bool:
-    """Whether a parameter of this name is trained in a stage: all but the diffusion, it alone, the U-Net alone."""
+    """Whether a parameter of this name is trained in a stage: all but the diffusion, it alone, all, the U-Net alone."""
+    if stage == 3:
+        return True
     if stage == 1:
         return not parameter.startswith("diffusion.")
     return parameter.startswith("diffusion." if stage == 2 else "unet.")
@@ -146,7 +149,7 @@ def image_losses(
         shortcut = _shortcut(network, batch, noise) if stage == 2 and few_steps else None
     priors = in_float32(priors)
     losses = fusion_losses(fused, batch.clean_infrared, batch.clean_visible)
-    if stage == 1:
+    if stage != 2:
         losses |= _degradation_losses(priors, batch)
     if clean is not None:
         losses["tokens"] = F.l1_loss(priors.semantic, clean)
