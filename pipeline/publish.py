@@ -372,7 +372,7 @@ class Publisher:
             wanted = [codec for codec, topic in topics.items() if self._wanted(topic)]
             if not wanted:
                 continue
-            image = picture_of(work.fused, stream)
+            image = stream_picture(work.fused, stream)
             for codec in wanted:
                 started_ns = time.monotonic_ns()
                 payload = self._encode(image, codec)
@@ -661,7 +661,7 @@ class Publisher:
         socket.setsockopt(zmq.CURVE_SERVER, 1)
 
 
-def picture_of(fused: FusedFrame, stream: str) -> np.ndarray:
+def stream_picture(fused: FusedFrame, stream: str) -> np.ndarray:
     """The picture of a stream: "fused", "ir" (registered) or "vis"."""
     if stream == "fused":
         return fused.image
