@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, Priors
-from engines.evaluation import cases, evaluate, metrics, people, readout
+from engines.evaluation import cases, evaluate, metrics, parts, people, readout
 from engines.evaluation.sheets import Sheets
 from engines.evaluation.tables import Table, as_markdown, as_text
 from engines.evaluation.video import StaticScene
@@ -466,6 +466,33 @@ def test_a_camera_that_is_not_degraded_can_be_given_its_clean_picture(condition:
         0 if spared == "infrared" else 9,
         0 if spared == "visible" else 9,
     )
+
+
+def test_a_published_scene_is_fused_again_only_where_a_clean_picture_takes_an_inputs_place(
+    tmp_path: Path, pictures, monkeypatch: pytest.MonkeyPatch
+):
+    fused, infrared, visible = pictures
+    grey = np.full_like(infrared, 90)
+    files = {"eval/msrs/ir/one": infrared, "eval/msrs/vi/one": visible}
+    scenes = {"LL_SN": ("ir_SN", "vi_LL"), "vi_Rain": ("ir_Input", "vi_Rain"), "ir_SN": ("ir_SN", "vi_Input")}
+    for condition, inputs in scenes.items():
+        files |= {f"degraded/dspfusion_test/one/{name}": grey for name in inputs}
+        files[f"official_dspfusion_outputs/{condition}/one"] = fused
+    for name, picture in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(tmp_path / f"{name}.png"), picture)
+    monkeypatch.setattr(cases, "PUBLISHED_SCENES", [(condition, "one") for condition in scenes])
+    engine, method = MaximumEngine(), evaluate.fusing_with(MaximumEngine())
+    steps, done = [], []
+    found = parts.published(engine, parts.Scope(data_dir=tmp_path), (steps.append, lambda: done.append(1))).figures
+    assert engine.calls == 3 + 2
+    assert steps == [len(done)]
+    as_published, spared = (
+        evaluate.mean_scores(evaluate.score_cases(method, map(change, cases.published_cases(tmp_path))))
+        for change in (lambda case: case, cases.spared_clean)
+    )
+    assert found["ours"] == as_published != spared
+    assert found["ours, spared camera clean"] == spared
 
 
 @pytest.mark.realdata

@@ -17,7 +17,6 @@ from engines.evaluation.ablation import MODES, STEPS_MODE, Ablation, compare
 from engines.evaluation.cases import (
     CONDITIONS,
     PUBLIC_PAIRS,
-    PUBLISHED_SCENES,
     TRAINED_ON,
     Case,
     Pair,
@@ -142,9 +141,10 @@ def real(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
 
 def published(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
     """The scenes of the published fused pictures: the same scores for these and for ours, and the ratio."""
-    count = min(scope.limit or len(PUBLISHED_SCENES), len(PUBLISHED_SCENES))
-    watch[0](3 * count)
-    cases = list(islice(published_cases(scope.data_dir), count))
+    cases = list(islice(published_cases(scope.data_dir), scope.limit))
+    with_clean = [spared_clean(case) for case in cases]
+    others = [given for given, case in zip(with_clean, cases, strict=True) if given is not case]
+    watch[0](2 * len(cases) + len(others))
     with _sheets(scope.sheets_dir, "published") as sheets:
 
         def done(case: Case, fused: Image, row: Row) -> None:
@@ -153,7 +153,11 @@ def published(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> P
             watch[1]()
 
         ours = score_cases(fusing_with(engine), cases, done)
-    spared = score_cases(fusing_with(engine), map(spared_clean, cases), lambda *_: watch[1]())
+    row_of = {id(case): row for case, row in zip(cases, ours, strict=True)}
+    if others:
+        rows = score_cases(fusing_with(engine), others, lambda *_: watch[1]())
+        row_of |= {id(case): row for case, row in zip(others, rows, strict=True)}
+    spared = [row_of[id(given)] for given in with_clean]
     theirs = score_cases(ready_picture, cases, lambda *_: watch[1]())
     scores = {"": mean_scores(ours), ", spared camera clean": mean_scores(spared)}
     means = {"published": mean_scores(theirs)}
@@ -167,7 +171,7 @@ def published(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> P
     columns = [f"{who}{name}" for name in SHORT for who in ("", "published ")]
     lines = {f"{row['name']} {row['degradation']}": row for row in rows}
     tables = [
-        table_of("Beside the published pictures", "method", SCORES, means, f"{count} scenes"),
+        table_of("Beside the published pictures", "method", SCORES, means, f"{len(cases)} scenes"),
         table_of("Beside the published pictures, by scene", "scene", columns, lines),
     ]
     return Part(rows, means, tables)
