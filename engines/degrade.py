@@ -67,15 +67,19 @@ def _none(picture: Picture, strength: float, random: np.random.Generator) -> Pic
 
 
 def _low_light(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
-    """Gamma 1.5 to 3, shot noise of the few photons left, and read noise."""
+    """Gamma 1.5 to 3, shot noise of the few photons left, and read noise: half of the cameras smooth some of it away."""
     dark = picture ** _within(strength, 1.5, 3.0)
     photons = _within(strength, 2000, 300)
     read = random.uniform(0.2, 1.0) * _within(strength, 0.02, 0.07)
-    return dark + np.sqrt(dark / photons + read**2) * _normal(dark.shape, random)
+    left = min(1.0, random.uniform(0, 2))
+    return dark + left * np.sqrt(dark / photons + read**2) * _normal(dark.shape, random)
 
 
 def _over_exposure(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
-    """Gain with a flattened shoulder: bright parts clip."""
+    """Gain with a flattened shoulder: bright parts clip. Or stray light in the lens: a veil over everything."""
+    if random.random() < 0.3:
+        veil = _within(strength, 0.1, 0.4)
+        return picture * (1 - veil) + veil
     return (picture * _within(strength, 1.3, 2.4)) ** _within(strength, 0.95, 0.75)
 
 
