@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import cv2
 import numpy as np
 import pytest
 
+from calibration.lattice import largest_lattice
 from calibration.rig import CalibrationError
 from calibration.targets import Board, Detection, Refusal, detect
+from tests.rigs import boards
 from tests.rigs.boards import INFRARED, VISIBLE, Look, draw, random_poses, synthetic_rig, true_points
 
 RIG = synthetic_rig(480, 360)  # small pictures: the search takes a tenth of a second
@@ -118,3 +121,37 @@ def test_a_part_of_a_grid_of_circles_is_not_taken_for_the_whole(asked):
 def test_a_board_that_is_none_is_refused(values, says):
     with pytest.raises(CalibrationError, match=says):
         Board(*values)
+
+
+def clutter(random: np.random.Generator) -> np.ndarray:
+    """A street's worth of edges and corners, and a fence, but no board."""
+    picture = np.full((480, 640), 90, np.uint8)
+    for _ in range(300):
+        box = cv2.boxPoints((tuple(random.uniform(0, 640, 2)), tuple(random.uniform(4, 90, 2)), random.uniform(0, 180)))
+        cv2.fillConvexPoly(picture, box.astype(np.int32), int(random.integers(20, 235)), cv2.LINE_AA)
+    picture[300:, ::24] = 200
+    return np.clip(picture + random.normal(0, 3, picture.shape), 0, 255).astype(np.uint8)
+
+
+@pytest.mark.parametrize("board", [CHESS, CIRCLES], ids=lambda board: board.kind)
+def test_pictures_with_nothing_like_a_board_are_never_searched(board, monkeypatch):
+    def searched(*_: object, **__: object) -> None:
+        raise AssertionError("the search takes seconds")
+
+    for search in ("findChessboardCornersSB", "findChessboardCornersSBWithMeta", "findCirclesGrid"):
+        monkeypatch.setattr(cv2, search, searched)
+    for seed in range(3):
+        result = refusal(clutter(np.random.default_rng(seed)), board)
+        assert result.reason == "absent"
+        assert board.name in result.text
+
+
+@pytest.mark.parametrize("board", [CHESS, CIRCLES], ids=lambda board: board.kind)
+def test_boards_before_a_street_are_searched_for(board, monkeypatch):
+    """However faint, noisy and blurred; the points on a lattice are counted, which is what decides."""
+    behind = clutter(np.random.default_rng(5))[:360, :480].astype(np.float32)
+    monkeypatch.setattr(boards, "_background", lambda _: behind.copy())
+    faint = Look(blur_px=2.0, noise=3.0, contrast=20.0, inverted=True, heat=50.0, bits=16)
+    for index, pose in enumerate(random_poses(board, 6, RIG, seed=4)):
+        grey = picture(board, pose, faint, index).astype(np.float32)
+        assert largest_lattice(grey, board.kind == "chessboard", 100) >= 12

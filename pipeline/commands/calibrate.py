@@ -71,7 +71,10 @@ def detect(
     if found["paired"] == 0:
         from calibration.rig import CalibrationError
 
-        raise CalibrationError(f"no view shows the board to both cameras: {_usual_reason(detections)}")
+        counts = f"{found['infrared']['found']} infrared and {found['visible']['found']} visible of {found['views']}"
+        raise CalibrationError(
+            f"no view shows the board to both cameras (found in {counts}): {_usual_reason(detections)}"
+        )
 
 
 @app.command()
@@ -311,27 +314,29 @@ def _numbers(values: Any) -> str:
 
 
 def _tell_detected(detections: Detections, found: dict[str, Any], paired_by: str) -> None:
-    from calibration.targets import Refusal
+    from calibration.targets import MIN_SPACING_PX, Refusal
     from pipeline.terminal import console
 
+    looked_for = f"a {detections.board.name}, of either polarity, {MIN_SPACING_PX:.0f} px or more apart"
+    console.print(f"looked for {looked_for}", highlight=False)
     console.print(f"{found['views']} views, paired by {paired_by}; the board in both pictures of {found['paired']}")
     for camera in ("infrared", "visible"):
         of = found[camera]
+        measured = f", misfit {of['misfit_px']} px, pattern {of['spacing_px']} px, edges {of['blur_px']} px"
         console.print(
-            f"{camera}: found in {of['found']} ({100 * of['share']:.0f} %), misfit {of['misfit_px']} px, "
-            f"pattern {of['spacing_px']} px, edges {of['blur_px']} px",
+            f"{camera}: found in {of['found']} ({100 * of['share']:.0f} %){measured if of['found'] else ''}",
             highlight=False,
         )
-    refusals = [
-        (view.name, camera, result.text)
-        for view in detections.views
-        for camera, result in view.results.items()
-        if isinstance(result, Refusal)
-    ]
-    for name, camera, text in refusals[:20]:
-        console.print(f"  {name}, {camera}: {text}", highlight=False)
-    if len(refusals) > 20:
-        console.print(f"  and {len(refusals) - 20} more, all in the file")
+    refused: dict[str, list[str]] = {}
+    for view in detections.views:
+        for camera, result in view.results.items():
+            if isinstance(result, Refusal):
+                refused.setdefault(f"{camera}: {result.text}", []).append(view.name)
+    for reason, names in sorted(refused.items(), key=lambda item: -len(item[1]))[:20]:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        console.print(f"  {reason} ({shown})", highlight=False)
+    if len(refused) > 20:
+        console.print(f"  and {len(refused) - 20} more reasons, all in the file")
 
 
 def _usual_reason(detections: Detections) -> str:
