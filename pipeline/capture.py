@@ -42,8 +42,8 @@ class Capture:
     Args:
         source: opened, grabbed and closed by this class only. Its `close` is called from another thread when `grab` has
             blocked for too long.
-        sink: takes a frame and returns how many older ones it pushed out (`Latest.put`, or the blocking `Queue.put`
-            for recordings). It ends the capture by raising HandoverClosed.
+        sink: takes a frame without waiting, and returns how many older ones it pushed out (`Latest.put`). It ends the
+            capture by raising HandoverClosed. Nothing is put into it once `stop` has returned.
         config: patience and backoff.
         recycle_s: a connection that stays silent this long is closed from outside. Longer than the source's own read
             timeout, which should come first.
@@ -73,6 +73,7 @@ class Capture:
         self._opened = False
         self._recycle = False
         self._closing = Lock()
+        self._handing_on = Lock()  # a frame is counted together with what becomes of it
         self._shutter = Shutter()
         self._last_index: int | None = None
         self._failures_in_a_row = 0
@@ -92,7 +93,8 @@ class Capture:
         The threads are daemons: one that a driver never gives back cannot keep the process alive.
         """
         deadline = time.monotonic() + timeout_s
-        self._stopping.set()
+        with self._handing_on:
+            self._stopping.set()
         self._join(self._reader, 0.3 * timeout_s)
         if self._reader.is_alive():
             # The driver holds the thread: closing under it is the only way to get it back, and may block as well.
@@ -128,11 +130,13 @@ class Capture:
         return getattr(self.source, "fault", None)
 
     def counters(self) -> dict[str, Any]:
-        """All counters and the state, for reports and metrics."""
+        """All counters and the state of one moment: each captured frame was handed on, or is in `dropped`."""
+        with self._handing_on:
+            captured, dropped = self.captured, dict(self.dropped)
         return {
             "state": self.state,
-            "captured": self.captured,
-            "dropped": dict(self.dropped),
+            "captured": captured,
+            "dropped": dropped,
             "missed": self.missed,
             "reconnects": self.reconnects,
             "failures": self.failures,
@@ -173,30 +177,30 @@ class Capture:
             self._waiting_since_ns = None
             if self._recycle:
                 raise SourceError(f"the {self.source.camera} camera was silent for too long: its connection is renewed")
-            self._account(frame)
-            if self._stopping.is_set():
-                self.dropped["stopping"] += 1
-                return
+            self._note_gap(frame)
             if self._phase != "live":
                 self._went_live()
             if self._failures_in_a_row and time.monotonic_ns() - opened_ns > STABLE_S * 1e9:
                 self._failures_in_a_row = 0
-            self._deliver(frame)
+            self._hand_on(frame)
 
-    def _account(self, frame: Frame) -> None:
-        self.captured += 1
+    def _note_gap(self, frame: Frame) -> None:
         if self._last_index is not None and frame.index > self._last_index + 1:
             self.missed += frame.index - self._last_index - 1
         self._last_index = frame.index
 
-    def _deliver(self, frame: Frame) -> None:
-        try:
-            pushed_out = self._sink(frame)
+    def _hand_on(self, frame: Frame) -> None:
+        with self._handing_on:
+            self.captured += 1
+            try:
+                if self._stopping.is_set():
+                    raise HandoverClosed("this frame came after the stop")
+                pushed_out = self._sink(frame)
+            except HandoverClosed:
+                self.dropped["stopping"] += 1
+                raise
             if pushed_out:
                 self.dropped["handover"] += pushed_out
-        except HandoverClosed:
-            self.dropped["stopping"] += 1
-            raise
 
     def _went_live(self) -> None:
         self._phase = "live"

@@ -165,7 +165,7 @@ class LivePipeline:
         self.compiling = False  # the flow waits for the runtime, for seconds; nothing has been fused yet
         self._shutting_down = False
         self._started_ns = self._first_fused_ns = 0
-        self._captured: dict[str, int] = {}  # once all has ended
+        self._ended: dict[str, dict[str, Any]] = {}  # what `_cameras` told once all had ended
         self._earlier_updates = self._earlier_failures = 0  # of the priors, with engines that were replaced
         self._inbox = Inbox()
         self._waiting: deque[FramePair] = deque()
@@ -241,8 +241,9 @@ class LivePipeline:
     def report(self) -> dict[str, Any]:
         """The report of the run so far; exact once the run has ended."""
         self._note_fallbacks()
+        cameras = self._ended or self._cameras()
         return self.telemetry.report(
-            self._captured or {camera: self._captures[camera].captured for camera in CAMERAS},
+            {camera: counters["captured"] for camera, counters in cameras.items()},
             engine=describe_engine(self._engine, self._fuse.psnr_db),
             priors={
                 "updates": self._earlier_updates + self._fuse.keeper.updates,
@@ -251,7 +252,7 @@ class LivePipeline:
             },
             registration=self._register.report(),
             clock=self._clock.report() if self._clock is not None else {"state": "off"},
-            cameras={camera: self._captures[camera].counters() for camera in CAMERAS},
+            cameras=cameras,
             start_up_ms=round((self._first_fused_ns - self._started_ns) / 1e6, 1) if self._first_fused_ns else None,
         )
 
@@ -509,9 +510,12 @@ class LivePipeline:
         self.telemetry.published_frame()
         self.telemetry.stage("capture_to_publish", (sent_ns - fused.aligned.pair.captured_ns) / 1e6)
 
+    def _cameras(self) -> dict[str, dict[str, Any]]:
+        return {camera: capture.counters() for camera, capture in self._captures.items()}
+
     def _health(self) -> dict[str, Any]:
         return {
-            "cameras": {camera: capture.counters() for camera, capture in self._captures.items()},
+            "cameras": self._cameras(),
             "fused": self.telemetry.fused,
             "fps": self.telemetry.fps(),
             "registration": self._register.report(),
@@ -551,13 +555,11 @@ class LivePipeline:
         self._settle_counters()
 
     def _settle_counters(self) -> None:
-        for frame in self._inbox.take(0):  # of a camera that took longer to stop than it was waited for
-            self.telemetry.frame_dropped(frame.camera, "capture", "stopping")
-        self._captured = {camera: self._captures[camera].captured for camera in CAMERAS}
+        self._ended = self._cameras()
         for reason, count in self._publisher.statistics()["dropped"].items():
             self.telemetry.drop("publish", reason, count)
-        for camera, capture in self._captures.items():
-            for stage, reasons in (("capture", capture.dropped), ("sync", self._sync.dropped[camera])):
+        for camera in CAMERAS:
+            for stage, reasons in (("capture", self._ended[camera]["dropped"]), ("sync", self._sync.dropped[camera])):
                 for reason, count in reasons.items():
                     self.telemetry.drop(stage, f"{camera}_{reason}", count)
                     self.telemetry.frame_dropped(camera, stage, reason, count)

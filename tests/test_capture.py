@@ -183,6 +183,40 @@ def test_counts_what_a_slow_consumer_never_saw(run):
     assert capture.captured == len(slot) + capture.dropped.total()
 
 
+def test_no_report_shows_a_frame_without_the_one_that_it_pushed_out():
+    slot: Latest[Frame] = Latest()
+    reports: list[dict] = []
+
+    def put(frame: Frame) -> int:
+        reader = threading.Thread(target=lambda: reports.append(capture.counters()), daemon=True)
+        reader.start()
+        reader.join(0.02)  # time enough for a report between the frame and its drop
+        return slot.put(frame)
+
+    capture = Capture(FakeCamera(), put, QUICK)
+    capture.start()
+    until(lambda: len(reports) >= 5)
+    assert capture.stop(timeout_s=10)
+    assert all(report["captured"] - sum(report["dropped"].values()) in (0, 1) for report in reports)
+
+
+def test_nothing_is_handed_on_once_stop_has_returned():
+    frames: list[Frame] = []
+    begun = threading.Event()
+
+    def take_long(frame: Frame) -> None:
+        begun.set()
+        time.sleep(0.2)
+        frames.append(frame)
+
+    capture = Capture(FakeCamera(), take_long, QUICK).start()
+    assert begun.wait(10)
+    capture.stop(timeout_s=0.01)
+    count = len(frames)
+    assert capture.join(10)
+    assert len(frames) == count >= 1
+
+
 def test_counts_frames_that_the_driver_lost(run):
     source = FakeCamera()
 
@@ -378,11 +412,11 @@ def test_an_outage_is_logged_once_and_without_the_password(run, caplog):
 
 
 def test_a_recording_ends_and_nothing_is_lost(run):
-    source, queue = FakeCamera(live=False, period_s=0), Queue(2)
+    source, frames = FakeCamera(live=False, period_s=0), []
     source.on_grab = lambda: raise_(SourceEnded("over")) if source.index == 50 else None
-    capture = run(source, queue.put)
-    assert [queue.take(5).index for _ in range(50)] == list(range(50))
+    capture = run(source, frames.append)
     until(lambda: capture.state == "ended")
+    assert [frame.index for frame in frames] == list(range(50))
     assert capture.captured == 50
     assert capture.dropped.total() == 0
     assert source.closed == 1
@@ -399,12 +433,13 @@ def test_a_recording_that_cannot_be_read_is_not_tried_again(run):
 
 
 def test_a_consumer_that_closes_ends_the_capture(run):
-    queue: Queue[Frame] = Queue(1)
-    capture = run(FakeCamera(live=False), queue.put)
+    slot: Latest[Frame] = Latest()
+    capture = run(FakeCamera(live=False), slot.put)
     until(lambda: capture.captured >= 2)
-    queue.close()
+    slot.close()
     assert capture.join(2)
-    assert capture.captured == len(queue) + capture.dropped["stopping"]
+    assert capture.dropped["stopping"] == 1
+    assert capture.captured == len(slot) + capture.dropped.total()
 
 
 # Both simulated cameras, live, through synchronisation
