@@ -67,7 +67,7 @@ def _none(picture: Picture, strength: float, random: np.random.Generator) -> Pic
 
 
 def _low_light(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
-    """Gamma 1.5 to 3, shot noise of the few photons left, and read noise: half of the cameras smooth some of it away."""
+    """Gamma 1.5 to 3, shot noise of the few photons left, and read noise; half of the cameras smooth some away."""
     dark = picture ** _within(strength, 1.5, 3.0)
     photons = _within(strength, 2000, 300)
     read = random.uniform(0.2, 1.0) * _within(strength, 0.02, 0.07)

@@ -19,7 +19,7 @@ from engines.dspfusion.diffusion import STEPS, SemanticDiffusion, alpha_bars, st
 from engines.dspfusion.folded import FoldedFrame
 from engines.dspfusion.head import DetailBands
 from engines.dspfusion.loading import build, load
-from engines.dspfusion.network import DSPFusion, PriorTokens, pad
+from engines.dspfusion.network import DSPFusion, PriorTokens, TellHead, pad
 from engines.dspfusion.priors import mosaic, thumbnail
 from engines.dspfusion.variants import VARIANTS, default_weights
 from engines.evaluation.degradations import degrade
@@ -105,8 +105,9 @@ def test_a_picture_that_fits_is_not_padded():
 def test_the_folded_frame_is_the_same_function(name: str, height: int, width: int):
     """What processors run is rearranged, and rounds to the same bytes but for ties that fall to the other side."""
     network = build(name).eval()
-    for parameter in network.unet.head.parameters():
-        nn.init.normal_(parameter, std=0.1)
+    for part in (network.unet.head, network.unet.tell):
+        for parameter in part.parameters():
+            nn.init.normal_(parameter, std=0.1)
     random = np.random.default_rng(4)
     infrared = torch.from_numpy(random.integers(0, 256, (height, width), np.uint8))
     visible = torch.from_numpy(random.integers(0, 256, (height, width, 3), np.uint8))
@@ -120,6 +121,18 @@ def test_the_folded_frame_is_the_same_function(name: str, height: int, width: in
     assert expected.std() > 20  # the picture is no plain one
     assert np.abs(found.astype(int) - expected).max() <= 1
     assert (found != expected).mean() < 1e-3
+
+
+def test_the_head_is_told_nothing_at_first_and_then_what_the_tokens_say_on_average():
+    tell = TellHead(5, TINY)
+    infrared, visible = torch.randn(2, 2, 16, TINY.degradation_tokens)
+    semantic = torch.randn(2, 16, TINY.semantic_tokens)
+    assert tell((infrared, visible), semantic).tolist() == torch.zeros(2, 5, 1, 1).tolist()
+    nn.init.ones_(tell.project.weight)
+    told = tell((infrared, visible), semantic)
+    assert told.shape == (2, 5, 1, 1)
+    expected = sum(tokens.mean(1).sum(-1) for tokens in (infrared, visible, semantic))
+    torch.testing.assert_close(told[:, 3, 0, 0], expected)
 
 
 @pytest.mark.parametrize("step", [4, 2])

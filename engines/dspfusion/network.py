@@ -90,6 +90,7 @@ class FusionUNet(nn.Module):
         )
         self.decode = nn.ModuleList(blocks(level, variant.blocks[level], decoded[level]) for level in range(levels - 1))
         self.refine = blocks(0, variant.refinement_blocks, decoded[0])
+        self.tell = TellHead(decoded[0], variant) if variant.output == "restored" else None
         self.head = VisibleHead(decoded[0]) if variant.output == "visible" else RestoredHead(decoded[0], step)
 
     def enter_infrared(self, infrared: Tensor) -> Tensor:
@@ -125,11 +126,30 @@ class FusionUNet(nn.Module):
             if isinstance(self.integrate[level], SemanticIntegration):
                 x = self.integrate[level](x, semantics[level])
             x = self.decode[level](x)
-        return self.refine(x)
+        x = self.refine(x)
+        return x if self.tell is None else x + self.tell(degradation, semantic)
 
     def join(self, level: int, coarse: Tensor, fine: Tensor) -> Tensor:
         """A level's decoder input: what comes from the level below, and what the encoder kept of this one."""
         return self.reduce[level](torch.cat([self.up[level](coarse), fine], 1))
+
+
+class TellHead(nn.Module):
+    """What the priors tell the head directly: how blurred or washed out a picture is as a whole.
+
+    On the way through a small U-Net that gets lost: trained without it, blur was hardly sharpened, although the
+    degradation tokens named it and its strength.
+    """
+
+    def __init__(self, width: int, variant: Variant) -> None:
+        super().__init__()
+        self.project = nn.Linear(2 * variant.degradation_tokens + variant.semantic_tokens, width)
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, degradation: tuple[Tensor, Tensor], semantic: Tensor) -> Tensor:
+        """(B, width, 1, 1), to be added to the features, from tokens (B, 16, D)."""
+        return self.project(torch.cat([*degradation, semantic], -1).mean(1))[..., None, None]
 
 
 class DSPFusion(nn.Module):
