@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import stat
 import struct
@@ -608,7 +609,7 @@ def _save(received: Received, folder: Path) -> int:
 
 
 def _write_whole(path: Path, content: bytes | memoryview) -> None:
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")  # two clients may save into one folder
     try:
         part.write_bytes(content)
         part.replace(path)

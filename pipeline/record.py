@@ -13,15 +13,11 @@ import numpy as np
 
 from pipeline.errors import ConfigError
 from pipeline.handover import HandoverClosed, Latest
+from pipeline.whole_file import part_of
 
 TIME_BASE = Fraction(1, 90_000)
 FINISH_S = 5.0
 FORMATS = {".mp4": "mp4", ".mkv": "matroska"}
-
-
-def part_of(path: Path) -> Path:
-    """Where a file is written before it is whole."""
-    return path.parent / f"{path.name}.part"
 
 
 class VideoFile:

@@ -21,7 +21,6 @@ from engines.arrays import MINIMUM_PX
 from pipeline.config import FolderSource, RigConfig, StreamSource
 from pipeline.config import Source as AnySource
 from pipeline.errors import ConfigError, SourceError
-from pipeline.record import part_of
 from pipeline.sources.folder import SUFFIXES, image_files, read_image
 
 IMAGE_SUFFIXES = SUFFIXES
@@ -146,14 +145,13 @@ def refuse_other_size(rig: Rig | None, infrared: RecordingInfo, visible: Recordi
 def refuse_overwriting(output: str | Path | None, *inputs: str | Path) -> None:
     """Raises ConfigError for an output that would replace an input, or lie among the pictures of one.
 
-    Links are followed, and two names of one file are one file. What is written aside first counts as well.
+    Links are followed, and two names of one file are one file.
     """
     if output is None:
         return
     target = Path(output)
     for path in map(Path, inputs):
-        replaced = any(_is_same(written, path) for written in (target, part_of(target)))
-        if replaced or (path.is_dir() and _is_same(target.absolute().parent, path)):
+        if _is_same(target, path) or (path.is_dir() and _is_same(target.absolute().parent, path)):
             raise ConfigError(f"{output} would replace or mix with the input {path}: choose another place")
 
 

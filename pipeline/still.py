@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from pipeline.gain import InfraredGain
 from pipeline.recording import colour_of, refuse_swapped, refuse_unless_there
 from pipeline.register import Register
 from pipeline.sources.folder import SUFFIXES, image_files, read_image
+from pipeline.whole_file import written_whole
 
 
 def list_pairs(infrared: Path, visible: Path, output: Path) -> list[tuple[Path, Path, Path]]:
@@ -104,7 +104,6 @@ def fuse_stills(
 
 
 def _write(path: Path, image: np.ndarray) -> None:
-    part = path.with_name(path.name + ".part")
     try:
         try:
             encoded, content = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
@@ -114,9 +113,7 @@ def _write(path: Path, image: np.ndarray) -> None:
             height, width = image.shape[:2]
             raise OSError(None, f"{width}x{height} pixels do not fit into {path.suffix}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content.tobytes())
-        part.replace(path)
+        with written_whole(path) as part:
+            part.write_bytes(content.tobytes())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise ConfigError(f"cannot write {path}: {error.strerror}: choose another place") from None

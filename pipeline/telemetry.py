@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import ConfigError
+from pipeline.whole_file import written_whole
 
 
 class Distribution:
@@ -164,12 +164,9 @@ def write_report(report: dict[str, Any], path: str) -> None:
         print(text, end="", flush=True)
         return
     target = Path(path)
-    part = target.with_name(target.name + ".part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text)
-        part.replace(target)
+        with written_whole(target) as part:
+            part.write_text(text)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         raise ConfigError(f"cannot write the report {target}: {error.strerror}: choose another place") from None
