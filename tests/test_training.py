@@ -149,19 +149,6 @@ def test_stages_two_and_four_reach_one_part_alone_and_stage_three_everything(
         assert reached or torch.equal(before[name], value), name
 
 
-def test_what_is_decided_for_a_whole_picture_is_learned_at_five_times_the_rate(config: TrainConfig):
-    training = Training(config, pairs_of(config))
-    training.step(draw_batch(training.pairs, 2, DRAW, 1, 0))
-    names = {id(parameter): name for name, parameter in training.network.named_parameters()}
-    rates = {names[id(one)]: group["lr"] for group in training.optimizer.param_groups for one in group["params"]}
-    usual = rates["unet.enter.weight"]
-    hurried = {name for name, rate in rates.items() if rate == pytest.approx(5 * usual)}
-    assert hurried == {
-        f"unet.{layer}.{kind}" for layer in ("tell.project", "head.details.factors") for kind in ("weight", "bias")
-    }
-    assert {rate for name, rate in rates.items() if name not in hurried} == {usual}
-
-
 def test_a_resumed_training_ends_where_an_unbroken_one_does(config: TrainConfig, tmp_path: Path):
     """With every option on: video, a teacher, bf16, a shortcut of the diffusion, pairs held back."""
     teacher = Training(config, pairs_of(config))

@@ -16,7 +16,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import torch
@@ -48,10 +47,6 @@ from engines.training.validation import Validation
 from engines.training.video import Clip, VideoBatch, draw_video_batch, read_clips
 
 REPORTED_ITERATIONS = 50
-# What is decided for a picture as a whole has gradients of changing sign, in parameters that begin at nothing: at the
-# rate of all others, 5000 iterations sharpened blurred pictures by a tenth of what serves them best.
-HURRIED = ("unet.head.details.", "unet.tell.")
-HURRY = 5.0
 
 
 @dataclass(frozen=True)
@@ -126,12 +121,10 @@ class Training:
         for name, parameter in self.network.named_parameters():
             parameter.requires_grad_(learns(name, self.stage))
             parameter.grad = None  # of the stage before
-        groups: list[dict[str, Any]] = [{"params": [], "hurry": 1.0}, {"params": [], "hurry": HURRY}]
-        for name, parameter in self.network.named_parameters():
-            if parameter.requires_grad:
-                groups[name.startswith(HURRIED)]["params"].append(parameter)
-        rate = self._full_rate()
-        return torch.optim.AdamW(groups, lr=rate, weight_decay=self.config.weight_decay, betas=(0.9, 0.99))
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        return torch.optim.AdamW(
+            trained, lr=self._full_rate(), weight_decay=self.config.weight_decay, betas=(0.9, 0.99)
+        )
 
     def _full_rate(self) -> float:
         return self.config.rates[min(self.stage, STAGES) - 1]
@@ -230,7 +223,7 @@ class Training:
         """
         for group in self.optimizer.param_groups:
             share = _schedule(self.progress() if progress is None else progress, self.done[self.stage - 1])
-            group["lr"] = self._full_rate() * share * group["hurry"]
+            group["lr"] = self._full_rate() * share
         losses = self._losses(batch)
         total = weighted(losses, self.config.weights, self.teacher.share if self.teacher else 0.0)
         values = dict(zip(losses, torch.stack([*losses.values()]).detach().tolist(), strict=True))
