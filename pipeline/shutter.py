@@ -8,11 +8,12 @@ A lossy codec makes each repeat a little different: it spends the bits that noth
 key picture the noise of the coding changes. Such a repeat is told by two things, against what this camera's pictures
 did just before. It changes little; and where the view was moving, the change no longer goes on in the same way: two
 differences of a moving view are alike, those of a coding are not. Means over small blocks are compared, in which coding
-noise cancels. A scene that comes to rest changes little as well, but everywhere, by the sensor's noise; that is told
-after a few pictures. What a codec has smoothed so far that a live, resting scene repeats exactly cannot be told from a
-closed shutter: where it stood still before, it is taken for live, at the latest after 3.6 s, for no shutter is closed
-for longer. Where the view was moving, and where nothing shows that there is a codec, it stays a frozen picture: a
-camera that hangs must never pass for a live one.
+noise cancels. A view may also stop or turn around at any picture; but where a shift of the whole view explains a part
+of the change, the camera has seen something new, for a coding shifts nothing. A scene that comes to rest changes little
+as well, but everywhere, by the sensor's noise; that is told after a few pictures. What a codec has smoothed so far that
+a live, resting scene repeats exactly cannot be told from a closed shutter: where it stood still before, it is taken for
+live, at the latest after 3.6 s, for no shutter is closed for longer. Where the view was moving, and where nothing shows
+that there is a codec, it stays a frozen picture: a camera that hangs must never pass for a live one.
 
 A camera's pictures are judged once, all of them, where they enter the pipeline: each frame carries the verdict on.
 """
@@ -43,6 +44,8 @@ STEADY = 0.3  # likeness of one difference and those before it, from which on a 
 BROKEN = 0.4  # ...and the share of it that the likeness of a repeat stays below...
 BROKEN_LEVELS = 1.6  # ...if it changes by less than so much of what a live picture does
 MEMORY = 0.7  # of the differences before, from one picture to the next
+SHIFTED = 0.2  # share of a change that a shift of the whole view explains: from here on it is no coding
+PANNING, UNSHIFTED = 0.3, 0.05  # where live pictures have the first, one that falls below the second repeats
 FEWEST_BLOCKS = 64  # a smaller picture is no camera's
 MOVED_PICTURES = 2  # above it in a row: the shutter is open again; one alone is a key picture
 RUN_PICTURES = 4  # since the shutter closed that are remembered
@@ -80,9 +83,10 @@ class _Change:
     levels: float  # grey levels, on average
     share: float  # of the blocks that differ at all
     likeness: float | None  # -1 to 1: whether they differ as the ones before them did; None: there are none
+    shift: float  # 0 to 1: share of the squared difference that a shift of the whole view explains
 
 
-NO_CHANGE = _Change(0.0, 0.0, None)
+NO_CHANGE = _Change(0.0, 0.0, None, 0.0)
 
 
 class Shutter:
@@ -127,6 +131,8 @@ class Shutter:
             self._open(change)
             if change.share < SKIPPED_SHARE:  # a codec skips what does not move: this scene stands still
                 self._live.extend([change] * FEWEST_PICTURES)
+        elif change.shift >= SHIFTED:
+            self._open(change)
         elif self._goes_on(change):
             self._moved += 1
             if self.count and self._moved < MOVED_PICTURES and (self._lossy or not self._stands_out(change)):
@@ -157,6 +163,7 @@ class Shutter:
         if change.levels < min(SUDDEN * levels, CODING_LEVELS):
             return False
         broken = likeness >= STEADY and change.likeness is not None and abs(change.likeness) < BROKEN * likeness
+        broken |= change.shift < UNSHIFTED and self._usual(lambda one: one.shift) >= PANNING
         return not broken or change.levels >= BROKEN_LEVELS * levels
 
     def _stands_out(self, change: _Change) -> bool:
@@ -197,7 +204,7 @@ class Shutter:
         difference = cv2.subtract(self._blocks, before)
         levels = cv2.norm(difference, cv2.NORM_L1) / difference.size
         share = cv2.countNonZero(difference) / difference.size
-        return _Change(levels, share, self._likeness(difference))
+        return _Change(levels, share, self._likeness(difference), _shift(difference, self._blocks + before))
 
     def _likeness(self, difference: np.ndarray) -> float | None:
         """Of a difference and those before it."""
@@ -208,3 +215,19 @@ class Shutter:
         self._trend = cv2.addWeighted(trend, MEMORY, difference, 1 - MEMORY, 0)
         lengths = cv2.norm(difference) * cv2.norm(trend)
         return float(cv2.sumElems(cv2.multiply(difference, trend))[0]) / lengths if lengths else None
+
+
+def _shift(difference: np.ndarray, view: np.ndarray) -> float:
+    """Share of a difference, squared, that the gradients of a view explain by least squares: 0 to 1."""
+    x, y = cv2.Sobel(view, cv2.CV_32F, 1, 0), cv2.Sobel(view, cv2.CV_32F, 0, 1)
+    xx, yy, xy, x_difference, y_difference, squared = (
+        float(one.ravel() @ other.ravel())
+        for one, other in ((x, x), (y, y), (x, y), (x, difference), (y, difference), (difference, difference))
+    )
+    damping = 1e-3 * (xx + yy)  # a view of stripes tells of one direction only
+    xx, yy = xx + damping, yy + damping
+    determinant = xx * yy - xy * xy
+    if not squared or not determinant:
+        return 0.0
+    explained = x_difference**2 * yy - 2 * x_difference * y_difference * xy + y_difference**2 * xx
+    return explained / determinant / squared

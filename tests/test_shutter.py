@@ -63,13 +63,18 @@ def coded(
     codec: str, speed_px: float = 2.0, noise: float = 1.5, closed: range = CLOSED, count: int = 110
 ) -> list[np.ndarray]:
     """What `filmed` gives, as it comes out of a codec."""
+    return through(codec, filmed(speed_px, noise, count, closed))
+
+
+def through(codec: str, pictures: list[np.ndarray]) -> list[np.ndarray]:
+    """Pictures as they come out of a codec."""
     name, options = CODECS[codec]
     file = io.BytesIO()
     with av.open(file, "w", format="matroska") as container:
         stream = container.add_stream(name, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = *SIZE, "yuv420p"
         stream.codec_context.thread_count = 1
-        for picture in filmed(speed_px, noise, count, closed):
+        for picture in pictures:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="gray")))
         container.mux(stream.encode(None))
     file.seek(0)
@@ -97,6 +102,27 @@ def test_the_first_picture_of_a_closed_shutter_is_told_at_any_speed(codec: str, 
     assert all(found[CLOSED.start : CLOSED.stop])
     assert not any(found[: CLOSED.start])
     assert not any(found[CLOSED.stop + 1 :])
+
+
+def carried(count: int, closed: range) -> list[np.ndarray]:
+    """Pictures of a camera in a hand: it turns this way and that, and never by the same amount twice."""
+    random = np.random.default_rng(13)
+    place, turn, pictures = np.array([160.0, 120.0]), np.zeros(2), []
+    for index in range(count):
+        turn = 0.9 * turn + random.normal(0, 0.45, 2)
+        place = place + turn
+        x, y = place
+        view = cv2.warpAffine(WORLD, np.array([[1, 0, -x], [0, 1, -y]]), SIZE, flags=cv2.INTER_LINEAR)
+        noisy = np.clip(view + random.normal(0, 1.5, view.shape), 0, 255).astype(np.uint8)
+        pictures.append(pictures[-1] if index in closed else noisy)
+    return pictures
+
+
+@pytest.mark.parametrize("codec", ["rtsp camera", "600 kbit/s", "150 kbit/s"])
+def test_a_camera_that_is_carried_in_a_hand_is_live_and_its_closed_shutter_is_told(codec: str):
+    found = repeats(through(codec, carried(200, range(110, 140))))
+    assert sum(found[:110]) + sum(found[141:]) <= 6  # where it rests between two turns
+    assert all(found[110:140])
 
 
 @pytest.mark.parametrize("noise", [0.5, 1.5, 3.0])
