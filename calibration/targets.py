@@ -9,7 +9,7 @@ picture itself, and the whole is checked: OpenCV sometimes returns a grid that i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import cv2
@@ -32,6 +32,9 @@ MIN_AGREEMENT = 0.85  # share of places that have the colours of a board
 SMOOTHING_SHARE = 0.03  # of the spacing, before corners are measured
 BACKGROUND_SHARE = 0.4  # of the spacing: what changes more slowly is heat, not pattern
 WINDOW_SHARE = 0.32  # of the spacing, to each side of a corner
+# Of the lenses guessed where a board may be bent. Rendered circles through 110 degrees: middles 0.03 px off after one
+# of them, 0.11 without; the misfit of lenses up to 70 degrees stays below that share of the spacing.
+WIDE_VIEWS_DEG, BENT_SHARE = (100.0, 130.0), 0.013
 MAX_BLOB_FACTOR = 5  # blobs in the picture, for each circle of the board
 MAX_LOST_SHARE = 0.1  # of the points that may be wrong in a view that is kept
 # Points with neighbours on all sides that a picture must show to be searched: a share of the board's own, so many at
@@ -147,6 +150,25 @@ def detect(image: np.ndarray, board: Board) -> Detection | Refusal:
     enough = min(ENOUGH_LATTICE, round(LATTICE_SHARE * board.inner_count))
     if largest_lattice(grey, board.kind == "chessboard", enough) < enough:
         return _nothing_like(board)
+    result = _searched(grey, board)
+    if _may_be_bent(result, board):
+        seen = [result, *(_searched_straightened(grey, board, view_deg) for view_deg in WIDE_VIEWS_DEG)]
+        found = [one for one in seen if isinstance(one, Detection)]
+        result = min(found, key=lambda one: one.misfit_px / one.spacing_px) if found else result
+    return result or _why_not(grey, board)
+
+
+def _may_be_bent(result: Detection | Refusal | None, board: Board) -> bool:
+    """Whether a very wide lens may be what hides a board, or blurs its measurement."""
+    if isinstance(result, Refusal):
+        return result.reason in ("absent", "bent")
+    # OpenCV finds chessboards however a lens bends them, and bending does not move their corners; it moves the middles
+    # of circles.
+    return board.kind == "circles" and (result is None or result.misfit_px > BENT_SHARE * result.spacing_px)
+
+
+def _searched(grey: np.ndarray, board: Board) -> Detection | Refusal | None:
+    """The board, else why the first thing that looks like it is none; None if nothing does."""
     refusal: Refusal | None = None
     for seed in _seeds(grey, board):
         result = _measured(grey, seed, board)
@@ -155,7 +177,42 @@ def detect(image: np.ndarray, board: Board) -> Detection | Refusal:
         refusal = refusal or result
         if result.reason in ("count", "cut"):  # another look at the same picture changes nothing
             break
-    return refusal or _why_not(grey, board)
+    return refusal
+
+
+def _searched_straightened(grey: np.ndarray, board: Board, view_deg: float) -> Detection | None:
+    """The board where a rough guess of a very wide lens, see `_straightened`, makes its lines straight."""
+    straight, back = _straightened(grey, view_deg)
+    result = _searched(straight, board)
+    if not isinstance(result, Detection):
+        return None
+    points = back(result.points)
+    spacing_px = spacing_of(points, board)
+    if spacing_px < MIN_SPACING_PX:
+        return None
+    smaller = spacing_px / result.spacing_px
+    misfit_px, blur_px = result.misfit_px * smaller, result.blur_px * smaller
+    return replace(result, points=points, misfit_px=misfit_px, spacing_px=spacing_px, blur_px=blur_px)
+
+
+def _straightened(grey: np.ndarray, view_deg: float) -> tuple[np.ndarray, Grid]:
+    """The picture as a lens without distortion would show it, of the same size in its middle, and the way back.
+
+    Args:
+        view_deg: across the picture's width, of an equidistant lens whose axis is the picture's middle.
+    """
+    middle = (np.array(grey.shape[::-1]) - 1) / 2
+    focal_px = middle[0] / np.radians(view_deg / 2)
+    reach = np.floor(focal_px * np.tan(np.minimum(middle / focal_px, np.radians(WIDE_VIEWS_DEG[-1] / 2))))
+
+    def back(points: np.ndarray) -> np.ndarray:
+        away = points - reach
+        radius = np.maximum(np.linalg.norm(away, axis=-1, keepdims=True), 1e-9)
+        return middle + away * (focal_px * np.arctan(radius / focal_px) / radius)
+
+    columns, rows = np.meshgrid(*(np.arange(2 * side + 1) for side in reach))
+    x, y = cv2.split(back(np.stack([columns, rows], axis=-1)).astype(np.float32))
+    return cv2.remap(grey, x, y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE), back
 
 
 def grey_of(image: np.ndarray) -> np.ndarray:

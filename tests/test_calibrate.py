@@ -390,11 +390,11 @@ def test_pictures_become_a_calibration_with_three_commands(tmp_path):
 
 
 def test_rendered_boards_seen_through_a_fisheye_become_its_calibration(tmp_path):
-    rig, board = fisheye_rig(90), Board("circles", 4, 11, 0.04)
-    scene = Scene(board, random_poses(board, 9, rig, seed=6, distance_m=(0.6, 0.8), tilt_deg=20))
+    rig, board = fisheye_rig(120), Board("circles", 4, 11, 0.04)
+    scene = Scene(board, random_poses(board, 7, rig, seed=6, distance_m=(0.3, 0.5), tilt_deg=20))
     for camera in ("ir", "vis"):
         (tmp_path / camera).mkdir()
-    for index in range(9):
+    for index in range(7):
         infrared, visible = draw_pair(rig, scene, index)
         cv2.imwrite(str(tmp_path / "ir" / f"view{index}.png"), infrared)
         cv2.imwrite(str(tmp_path / "vis" / f"view{index}.png"), visible)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from calibration.lattice import largest_lattice
-from calibration.rig import CalibrationError
+from calibration.rig import CalibrationError, CameraModel, Rig
 from calibration.targets import Board, Detection, Refusal, detect
 from tests.rigs import boards
 from tests.rigs.boards import INFRARED, VISIBLE, Look, draw, random_poses, synthetic_rig, true_points
@@ -155,3 +155,17 @@ def test_boards_before_a_street_are_searched_for(board, monkeypatch):
     for index, pose in enumerate(random_poses(board, 6, RIG, seed=4)):
         grey = picture(board, pose, faint, index).astype(np.float32)
         assert largest_lattice(grey, board.kind == "chessboard", 100) >= 12
+
+
+@pytest.mark.parametrize("board", [CHESS, CIRCLES], ids=lambda board: board.kind)
+def test_near_boards_are_found_through_a_lens_of_110_degrees(board):
+    focal_px = 240 / np.radians(55)
+    lens = CameraModel(
+        480, 360, np.array([[focal_px, 0, 239.5], [0, focal_px, 179.5], [0, 0, 1]]), np.zeros(4), "equidistant"
+    )
+    rig = Rig(lens, lens, RIG.infrared_from_visible)
+    for index, pose in enumerate(random_poses(board, 4, rig, seed=8, distance_m=(0.25, 0.4), tilt_deg=20)):
+        result = detect(draw(lens, pose, board, VISIBLE, np.random.default_rng(index)), board)
+        assert isinstance(result, Detection)
+        truth = true_points(lens, pose, board.points())
+        assert min(np.nanmean(np.linalg.norm(result.points - truth[order], axis=1)) for order in board.orders()) < 0.3

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import cv2
 import numpy as np
 
-from calibration.rig import CameraModel, Rig
+from calibration.rig import CameraModel, Lens, Rig
 from calibration.targets import Board
 from pipeline.config import SyntheticSource
 from pipeline.sources.synthetic import true_rig
@@ -225,12 +225,14 @@ def _smeared(picture: np.ndarray, smear_px: tuple[float, float]) -> np.ndarray:
 
 
 def _rays(model: CameraModel) -> tuple[np.ndarray, np.ndarray]:
-    return _cached_rays(model.width, model.height, model.matrix.tobytes(), model.distortion.tobytes())
+    return _cached_rays(model.width, model.height, model.matrix.tobytes(), model.distortion.tobytes(), model.lens)
 
 
 @functools.lru_cache(maxsize=4)
-def _cached_rays(width: int, height: int, matrix: bytes, distortion: bytes) -> tuple[np.ndarray, np.ndarray]:
-    model = CameraModel(width, height, np.frombuffer(matrix).reshape(3, 3), np.frombuffer(distortion))
+def _cached_rays(
+    width: int, height: int, matrix: bytes, distortion: bytes, lens: Lens
+) -> tuple[np.ndarray, np.ndarray]:
+    model = CameraModel(width, height, np.frombuffer(matrix).reshape(3, 3), np.frombuffer(distortion), lens)
     offset = (np.arange(OVERSAMPLING) + 0.5) / OVERSAMPLING - 0.5
     columns = (np.arange(width)[:, None] + offset).ravel()
     rows = (np.arange(height)[:, None] + offset).ravel()
