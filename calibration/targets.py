@@ -38,9 +38,9 @@ WIDE_VIEWS_DEG, BENT_SHARE = (100.0, 130.0), 0.013
 MAX_BLOB_FACTOR = 5  # blobs in the picture, for each circle of the board
 MAX_LOST_SHARE = 0.1  # of the points that may be wrong in a view that is kept
 # Points with neighbours on all sides that a picture must show to be searched: a share of the board's own, so many at
-# most. In pictures that OpenCV found a board in there were 0.39 of the board's or more (twelve or more of a
-# chessboard's); of 186 streets, people and woods none had 8 corners, ten had 8 circles.
-LATTICE_SHARE, ENOUGH_LATTICE = 0.34, 8
+# most. In pictures that OpenCV found a board in there were 7 of the board's, or 0.39 of a small one's, or more; of 186
+# streets, people and woods 3 had 7 corners, and 21 had 7 circles.
+LATTICE_SHARE, ENOUGH_LATTICE = 0.34, 7
 
 
 @dataclass(frozen=True)
@@ -147,11 +147,12 @@ def detect(image: np.ndarray, board: Board) -> Detection | Refusal:
     grey = grey_of(image)
     if float(np.ptp(grey)) < 1e-6:
         return Refusal("absent", "the picture is of one colour: is the lens covered or the camera starting?")
-    enough = min(ENOUGH_LATTICE, round(LATTICE_SHARE * board.inner_count))
-    if largest_lattice(grey, board.kind == "chessboard", enough) < enough:
+    least = min(ENOUGH_LATTICE, round(LATTICE_SHARE * board.inner_count))
+    lattice = largest_lattice(grey, board.kind == "chessboard", 2 * least)
+    if lattice < least:
         return _nothing_like(board)
     result = _searched(grey, board)
-    if _may_be_bent(result, board):
+    if lattice >= 2 * least and _may_be_bent(result, board):  # guessing lenses takes time: only where it may pay
         seen = [result, *(_searched_straightened(grey, board, view_deg) for view_deg in WIDE_VIEWS_DEG)]
         found = [one for one in seen if isinstance(one, Detection)]
         result = min(found, key=lambda one: one.misfit_px / one.spacing_px) if found else result
