@@ -391,10 +391,10 @@ def test_pictures_become_a_calibration_with_three_commands(tmp_path):
 
 def test_rendered_boards_seen_through_a_fisheye_become_its_calibration(tmp_path):
     rig, board = fisheye_rig(120), Board("circles", 4, 11, 0.04)
-    scene = Scene(board, random_poses(board, 7, rig, seed=6, distance_m=(0.3, 0.5), tilt_deg=20))
+    scene = Scene(board, random_poses(board, 5, rig, seed=6, distance_m=(0.3, 0.5), tilt_deg=20))
     for camera in ("ir", "vis"):
         (tmp_path / camera).mkdir()
-    for index in range(7):
+    for index in range(5):
         infrared, visible = draw_pair(rig, scene, index)
         cv2.imwrite(str(tmp_path / "ir" / f"view{index}.png"), infrared)
         cv2.imwrite(str(tmp_path / "vis" / f"view{index}.png"), visible)
@@ -422,7 +422,10 @@ def test_rendered_boards_seen_through_a_fisheye_become_its_calibration(tmp_path)
         (["detect", "{ir}", "{vis}", "--size", "9x6", "--board", "aruco"], "chessboard or circles"),
         (["detect", "{none}", "{vis}", "--size", "9x6"], "does not exist"),
         (["detect", "{vis}", "{ir}", "--size", "9x6"], "swapped"),
-        (["detect", "{ir}", "{vis}", "--size", "9x6", "-o", "{out}"], "no view shows the board"),
+        (
+            ["detect", "{ir}", "{vis}", "--size", "9x6", "-o", "{out}"],
+            "0 infrared and 0 visible of 1.*chessboard of 9x6",
+        ),
         (["solve", "{none}"], "cannot read the detections"),
         (["solve", "{none}", "--plane", "-1"], "cannot read|plane"),
         (["report", "{none}", "{none}"], "cannot read the calibration"),
