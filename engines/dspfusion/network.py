@@ -137,8 +137,8 @@ class FusionUNet(nn.Module):
 class TellHead(nn.Module):
     """What the priors tell the head directly: how blurred or washed out a picture is as a whole.
 
-    On the way through a small U-Net that gets lost: trained without it, blur was hardly sharpened, although the
-    degradation tokens named it and its strength.
+    What the U-Net's features carry of it is steered by every level on the way; this path is linear and reaches every
+    map of the head at once.
     """
 
     def __init__(self, width: int, variant: Variant) -> None:

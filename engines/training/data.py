@@ -54,7 +54,7 @@ class Draw:
     missing_share: Share = 0.05  # of the items: one modality is black
     shift_px: Annotated[int, Field(ge=0)] = 2  # the infrared region is moved by up to this much
     gamma_range: Share = 0.25  # the clean infrared picture's curve is bent by up to this share, as gains differ
-    camera_share: Share = 0.25  # of each modality: also a camera's own noise, sharpening, compression; 0.6 was too soft
+    camera_share: Share = 0.25  # of each modality: also a camera's own noise and compression; more of it softens
     second_share: Share = 0.2  # of the degraded pictures of a modality: a second, weak degradation follows the first
     still_share: Share = 0.5  # stage IV, of the items: a still pair, moved by a few pixels, instead of two video frames
 
