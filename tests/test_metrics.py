@@ -54,6 +54,14 @@ def test_mutual_information_with_itself_is_the_entropy_in_nats(textured):
     assert metrics.mutual_information(textured, textured, flat) == pytest.approx(expected)
 
 
+def test_intensity_error_is_the_distance_to_the_brighter_source():
+    infrared, visible = np.full((50, 50), 40, np.uint8), np.full((50, 50, 3), 100, np.uint8)
+    infrared[:10] = 240
+    assert metrics.intensity_error(np.maximum(infrared, 100), infrared, visible) == 0
+    # A fifth of the picture is 140 levels too dark where the infrared was left out.
+    assert metrics.intensity_error(visible, infrared, visible) == pytest.approx(140 / 5)
+
+
 def test_differences_that_are_exactly_the_other_source_correlate_fully():
     infrared = np.zeros((40, 40))
     visible = np.zeros((40, 40))

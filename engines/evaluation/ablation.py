@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from engines.base import FusionEngine, Priors
 from engines.evaluation.cases import Case
 from engines.evaluation.evaluate import Image, Row, score_cases
+from engines.evaluation.metrics import intensity_error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,6 +30,8 @@ MODES = {
     "no priors": "both neutral",
 }
 STEPS_MODE = "steps "
+# How far the semantic tokens are from the clean pair's (root mean square), and the picture from the clean sources.
+ERRORS = ("prior_error", "intensity_error")
 
 
 class Ablation:
@@ -47,7 +50,7 @@ class Ablation:
         self._network, _ = load(variant, weights)
         self._neutral: tuple[Tensor, Tensor, Tensor] | None = None
         self._read: tuple[Case, Priors, tuple[Tensor, Tensor, Tensor], Tensor] | None = None
-        self.prior_errors: dict[tuple[str, str, str], float] = {}
+        self.errors: dict[tuple[str, str, str], dict[str, float]] = {}
 
     def learn_neutral(self, cases: Iterable[Case], on_done: Callable[[], None] = lambda: None) -> None:
         """Takes the mean tokens of these inputs as neutral ones."""
@@ -63,18 +66,21 @@ class Ablation:
         self._neutral = infrared, visible, semantic
 
     def __call__(self, case: Case) -> Image:
-        """Fuses one case, and notes how far its semantic tokens are from the clean pair's (root mean square)."""
+        """Fuses one case, and notes how far its semantic tokens and its picture are from what they should be."""
         priors, tokens, clean = self._reading(case)
         infrared, visible, semantic = self._replaced(case.mode, tokens, clean)
-        error = float((semantic - clean).pow(2).mean().sqrt())
-        self.prior_errors[case.pair.name, case.condition, case.mode] = error
         changed = replace(
             priors,
             degradation_infrared=infrared[0].numpy(),
             degradation_visible=visible[0].numpy(),
             semantic=semantic[0].numpy(),
         )
-        return self._engine.fuse(case.infrared, case.visible, changed)
+        fused = self._engine.fuse(case.infrared, case.visible, changed)
+        self.errors[case.pair.name, case.condition, case.mode] = {
+            "prior_error": float((semantic - clean).pow(2).mean().sqrt()),
+            "intensity_error": intensity_error(fused, case.pair.infrared, case.pair.visible),
+        }
+        return fused
 
     def _replaced(
         self, mode: str, tokens: tuple[Tensor, Tensor, Tensor], clean: Tensor
@@ -132,8 +138,8 @@ def in_modes(cases: Iterable[Case], modes: Sequence[str]) -> Iterator[Case]:
 def compare(
     ablation: Ablation, cases: Iterable[Case], modes: Sequence[str], on_done: Callable[[], None] = lambda: None
 ) -> list[Row]:
-    """Scores every case in each mode; rows have `mode` and `prior_error` besides."""
+    """Scores every case in each mode; rows have `mode` and what is in `ERRORS` besides."""
     rows = score_cases(ablation, in_modes(cases, modes), lambda *_: on_done())
     for row in rows:
-        row["prior_error"] = ablation.prior_errors[row["name"], row["degradation"], row["mode"]]
+        row |= ablation.errors[row["name"], row["degradation"], row["mode"]]
     return rows

@@ -13,7 +13,7 @@ import numpy as np
 
 from engines.base import FusionEngine
 from engines.evaluation import readout
-from engines.evaluation.ablation import MODES, STEPS_MODE, Ablation, compare
+from engines.evaluation.ablation import ERRORS, MODES, STEPS_MODE, Ablation, compare
 from engines.evaluation.cases import (
     CONDITIONS,
     PUBLIC_PAIRS,
@@ -189,7 +189,7 @@ def priors(ablation: Ablation, scope: Scope, watch: Watch = UNWATCHED) -> Part:
     ablation.learn_neutral(cases(), watch[1])
     rows = compare(ablation, cases(), list(MODES), watch[1])
     by_mode = {mode: _mode_figures(own) for mode, own in grouped(rows, "mode").items()}
-    columns = ("VIF", "Qabf", "SSIM", "CbCr", "prior_error")
+    columns = ("VIF", "Qabf", "SSIM", "CbCr", *ERRORS)
     tables = [
         table_of(
             "Ablation of the priors, mean of the degraded conditions",
@@ -199,7 +199,7 @@ def priors(ablation: Ablation, scope: Scope, watch: Watch = UNWATCHED) -> Part:
             "; ".join(f"{mode}: {what}" for mode, what in MODES.items()),
         )
     ]
-    for score in ("VIF", "Qabf", "SSIM"):
+    for score in ("VIF", "Qabf", "SSIM", "intensity_error"):
         lines = {
             mode: {name: mean[score] for name, mean in figure["mean_by_degradation"].items()}
             for mode, figure in by_mode.items()
@@ -217,7 +217,7 @@ def steps(ablation: Ablation, scope: Scope, counts: Sequence[int], watch: Watch 
     rows = compare(ablation, degraded_cases(public_pairs(scope.data_dir, names), conditions), modes, watch[1])
     by_mode = {mode: _mode_figures(own) for mode, own in grouped(rows, "mode").items()}
     lines = {mode: figure["mean"] for mode, figure in by_mode.items()}
-    columns = ("VIF", "Qabf", "SSIM", "CbCr", "prior_error")
+    columns = ("VIF", "Qabf", "SSIM", "CbCr", *ERRORS)
     return Part(
         rows,
         {"modes": by_mode},
@@ -318,7 +318,7 @@ def _missing_row(case: Case, camera: str, fused: Image, sources: Sources) -> Row
 
 
 def _mode_figures(rows: list[Row]) -> dict[str, Any]:
-    names = (*SCORES, "prior_error")
+    names = (*SCORES, *ERRORS)
     by_degradation = {condition: mean_scores(own, names) for condition, own in grouped(rows, "degradation").items()}
     return {"mean": mean_scores(list(by_degradation.values()), names), "mean_by_degradation": by_degradation}
 
