@@ -22,7 +22,7 @@ from calibration.solve import DISTANCES_M, Solution, distance_name, map_of, map_
 from calibration.targets import Board, Detection, Refusal
 from calibration.views import BoardView, Detections, choose, load_detections, refuse_wrong_count, save_detections
 from pipeline.cli import app
-from tests.rigs.boards import Scene, draw_pair, random_poses, seen_from, synthetic_rig, true_points
+from tests.rigs.boards import Scene, draw_pair, map_error_px, random_poses, seen_from, synthetic_rig, true_points
 
 BOARD = Board("chessboard", 9, 6, 0.05)
 SIZES = {"infrared": (640, 480), "visible": (640, 480)}
@@ -59,11 +59,6 @@ def seen() -> Detections:
 @pytest.fixture(scope="module")
 def solution(seen) -> Solution:
     return solve(seen)
-
-
-def map_error_px(rig: Rig, truth: Rig, distance_m: float) -> float:
-    pixels, there = map_points(truth, distance_m)
-    return math.sqrt(float(((map_of(rig, pixels, distance_m) - there) ** 2).sum(axis=1).mean()))
 
 
 def seen_and_worst_px(rig: Rig, truth: Rig, distance_m: float) -> tuple[float, float]:

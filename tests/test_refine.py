@@ -15,7 +15,7 @@ from pipeline.config import RegistrationConfig
 from pipeline.frame import Frame, FramePair
 from pipeline.gain import InfraredGain
 from pipeline.register import Register
-from tests.test_residual import error_px, real_pairs, warped
+from tests.rigs.pairs import error_px, real_pairs, warped
 
 SIZE = (320, 240)
 NO_SURFACES = Surfaces(np.zeros((0, 17, 17)), np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(4), 1.0, SIZE)

@@ -7,6 +7,7 @@ models (a homography, a centroid) is built in.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -14,6 +15,7 @@ import cv2
 import numpy as np
 
 from calibration.rig import CameraModel, Lens, Rig
+from calibration.solve import map_of, map_points
 from calibration.targets import Board
 from pipeline.config import SyntheticSource
 from pipeline.sources.synthetic import true_rig
@@ -113,6 +115,11 @@ def true_points(model: CameraModel, pose: np.ndarray, points: np.ndarray) -> np.
     """Pixels (N, 2) of board points (N, 3)."""
     inside = points @ pose[:3, :3].T + pose[:3, 3]
     return np.stack(model.project(inside[:, 0] / inside[:, 2], inside[:, 1] / inside[:, 2]), axis=1)
+
+
+def map_error_px(rig: Rig, truth: Rig, distance_m: float) -> float:
+    pixels, there = map_points(truth, distance_m)
+    return math.sqrt(float(((map_of(rig, pixels, distance_m) - there) ** 2).sum(axis=1).mean()))
 
 
 def draw_pair(rig: Rig, scene: Scene, index: int) -> tuple[np.ndarray, np.ndarray]:
