@@ -76,6 +76,7 @@ class Capture:
         self._handing_on = Lock()  # a frame is counted together with what becomes of it
         self._shutter = Shutter()
         self._last_index: int | None = None
+        self._frozen = False
         self._failures_in_a_row = 0
         self._outage_logged = False
         self._logged_state: State = "connecting"
@@ -118,7 +119,7 @@ class Capture:
             return phase
         if self._silent_ns() > self.stall_limit_ns:
             return "stalled"
-        return "shutter" if self._shutter.frozen else "live"
+        return "shutter" if self._frozen else "live"
 
     @property
     def stall_limit_ns(self) -> int:
@@ -175,6 +176,7 @@ class Capture:
             self._waiting_since_ns = time.monotonic_ns()
             frame = self._shutter.judged(self.source.grab())
             self._waiting_since_ns = None
+            self._frozen = frame.frozen
             if self._recycle:
                 raise SourceError(f"the {self.source.camera} camera was silent for too long: its connection is renewed")
             self._note_gap(frame)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 Camera = Literal["infrared", "visible"]
 Mode = Literal["fused", "ir_only", "vis_only", "held"]
+FROZEN_REPEATS = 2  # two repeats of a picture, three equal ones in a row, are a closed shutter or a camera that hangs
 # Where a capture time comes from, best first. "synthetic" is the simulated rig's own hardware clock.
 ClockSource = Literal["ptp", "rtcp_ntp", "driver", "arrival", "file", "synthetic"]
 
@@ -30,6 +31,7 @@ class Frame:
     bits: int = 8  # significant bits of a sample: 8, 14 or 16
     suspect: bool = False  # decoded after a loss, before the next keyframe
     repeats: int = 0  # times in a row that this camera has sent the picture before; above 0 it shows an old moment
+    unchanged: int = 0  # times in a row that it has been the same bit by bit, which a live one may be behind a codec
 
     def __post_init__(self) -> None:
         shape, kind = self.image.shape, self.image.dtype
@@ -48,6 +50,11 @@ class Frame:
     def size(self) -> tuple[int, int]:
         """(width, height) in pixels."""
         return self.image.shape[1], self.image.shape[0]
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the camera's shutter is closed, or the camera hangs."""
+        return self.repeats >= FROZEN_REPEATS
 
 
 @dataclass(frozen=True, slots=True)

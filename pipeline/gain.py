@@ -22,7 +22,6 @@ from pipeline import equalize
 from pipeline.conditioning import DeadPixels, Stripes
 from pipeline.config import GainConfig
 from pipeline.frame import Frame
-from pipeline.shutter import FROZEN_REPEATS
 
 MAX_STEP_LEVELS = 1.5  # of 255, a frame
 HURRY_SHARE = 0.3  # of the picture without contrast
@@ -88,7 +87,7 @@ class InfraredGain:
         last = self._last_frame
         if last is None or frame.size != last.size:
             return False
-        return last.repeats >= FROZEN_REPEATS or frame.captured_ns - last.captured_ns > GAP_NS
+        return last.frozen or frame.captured_ns - last.captured_ns > GAP_NS
 
     def _repaired(self, frame: Frame, learn: bool, after_shutter: bool) -> np.ndarray:
         image, raw = frame.image, frame.image.dtype == np.uint16

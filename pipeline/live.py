@@ -511,7 +511,12 @@ class LivePipeline:
         self.telemetry.stage("capture_to_publish", (sent_ns - fused.aligned.pair.captured_ns) / 1e6)
 
     def _cameras(self) -> dict[str, dict[str, Any]]:
-        return {camera: capture.counters() for camera, capture in self._captures.items()}
+        cameras: dict[str, dict[str, Any]] = {camera: capture.counters() for camera, capture in self._captures.items()}
+        infrared = cameras["infrared"]
+        infrared["resting"] = self._sync.account.resting
+        if infrared["state"] == "shutter" and self._sync.resting:
+            infrared["state"] = "live"
+        return cameras
 
     def _health(self) -> dict[str, Any]:
         return {

@@ -148,7 +148,11 @@ def replay(
             engine=describe_engine(engine, fuse.psnr_db),
             priors={"updates": fuse.keeper.updates, "steps": config.engine.diffusion_steps},
             registration=register.report(),
-            cameras={source.camera: {"unreadable": getattr(source, "unreadable", 0)} for source in sources},
+            cameras={
+                source.camera: {"unreadable": getattr(source, "unreadable", 0)}
+                | ({"resting": account.resting} if source.camera == "infrared" else {})
+                for source in sources
+            },
         )
 
 

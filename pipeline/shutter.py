@@ -13,7 +13,8 @@ of the change, the camera has seen something new, for a coding shifts nothing. A
 as well, but everywhere, by the sensor's noise; that is told after a few pictures. What a codec has smoothed so far that
 a live, resting scene repeats exactly cannot be told from a closed shutter: where it stood still before, it is taken for
 live, at the latest after 3.6 s, for no shutter is closed for longer. Where the view was moving, and where nothing shows
-that there is a codec, it stays a frozen picture: a camera that hangs must never pass for a live one.
+that there is a codec, it stays a frozen picture: a camera that hangs must never pass for a live one. There the visible
+camera may tell that nothing moves (`standstill`).
 
 A camera's pictures are judged once, all of them, where they enter the pipeline: each frame carries the verdict on.
 """
@@ -30,7 +31,6 @@ import numpy as np
 
 from pipeline.frame import Frame
 
-FROZEN_REPEATS = 2  # two repeats of a picture, three equal ones in a row, are a closed shutter
 _ROW_STEP = 8  # every eighth row tells pictures apart in less than 0.01 ms
 
 BLOCK_PX = 8  # side of the blocks whose means are compared
@@ -71,10 +71,6 @@ class Repeats:
             self.count = 0
         return self.count
 
-    @property
-    def frozen(self) -> bool:
-        return self.count >= FROZEN_REPEATS
-
 
 @dataclass(frozen=True, slots=True)
 class _Change:
@@ -104,9 +100,9 @@ class Shutter:
 
     def judged(self, frame: Frame) -> Frame:
         """The frame with its repeats told. A visible camera has no shutter."""
-        if frame.camera != "infrared" or not self.add(frame.image):
+        if frame.camera != "infrared":
             return frame
-        return replace(frame, repeats=self.count)
+        return replace(frame, repeats=self.add(frame.image), unchanged=self._exact.count)
 
     def add(self, image: np.ndarray) -> int:
         """Returns 0 for a new picture, n for its n-th repeat."""
@@ -116,10 +112,6 @@ class Shutter:
         else:
             self._judge(NO_CHANGE if exact else self._change_of(image))
         return self.count
-
-    @property
-    def frozen(self) -> bool:
-        return self.count >= FROZEN_REPEATS
 
     def _judge(self, change: _Change | None) -> None:
         if change is None:

@@ -18,7 +18,8 @@ A camera is absent when it is silent while the other one delivers. Silence is me
 this very process (swapped out, stopped) is not held against the cameras.
 
 While a thermal shutter is closed the same picture comes again and again. A repeat shows the old moment, so it is
-dropped as `repeat`; the first of the run may be held, and ages like any other frame.
+dropped as `repeat`; the first of the run may be held, and ages like any other frame. Where the visible camera tells
+that an infrared picture repeats because nothing moves, it counts as new (`standstill`).
 
 Nothing here reads a clock or sleeps: time comes in with each call.
 """
@@ -32,6 +33,7 @@ from statistics import median
 
 from pipeline.config import SyncConfig
 from pipeline.frame import Camera, Frame, FramePair, Mode
+from pipeline.standstill import Standstill
 
 FRESH_PERIODS = 1.5  # an infrared frame older than this many infrared periods is never "fused"
 SETTLE_FRAMES = 5  # regular frames after an absence before a camera counts again...
@@ -58,6 +60,7 @@ class Account:
     used: Counter[Camera] = field(default_factory=Counter)  # each frame once, however often it was held
     dropped: dict[Camera, Counter[str]] = field(default_factory=lambda: {"infrared": Counter(), "visible": Counter()})
     modes: Counter[Mode] = field(default_factory=Counter)
+    resting: int = 0  # infrared frames that repeat, and count as new because nothing moves
 
     def drop(self, camera: Camera, reason: str) -> None:
         self.dropped[camera][reason] += 1
@@ -192,6 +195,7 @@ class Sync:
         self._rhythm: dict[Camera, _Rhythm] = {"infrared": _Rhythm(), "visible": _Rhythm()}
         self._presence: dict[Camera, _Presence] = {"infrared": _Presence(), "visible": _Presence()}
         self._backwards: dict[Camera, list[int]] = {"infrared": [], "visible": []}
+        self._standstill = Standstill()
         self._released_until_ns: int | None = None  # capture time of the newest pair
         self._now_ns: int | None = None
         self._watched_ns = 0
@@ -217,6 +221,11 @@ class Sync:
     def absent(self, camera: Camera) -> bool:
         return self._presence[camera].absent
 
+    @property
+    def resting(self) -> bool:
+        """Whether the infrared camera repeats its picture because nothing moves."""
+        return self._standstill.resting
+
     def period_ns(self, camera: Camera) -> int | None:
         """Measured time between two captures; None before the second frame."""
         return self._rhythm[camera].period_ns
@@ -236,6 +245,8 @@ class Sync:
             return
         self._learn_rhythm(camera, frame.captured_ns)
         self._rhythm[camera].arrived(now_ns - frame.captured_ns)
+        frame = self._standstill.judged(frame)
+        self.account.resting += camera == "infrared" and self._standstill.resting
         if frame.repeats:
             self.account.drop(camera, "repeat")
         elif not settled:
@@ -476,6 +487,7 @@ class _Recordings:
         self._hold_ns = round(config.hold_ms * 1e6)
         self._ahead: dict[Camera, _Candidate | None] = {}  # read, and not yet held or paired
         self._rhythm: dict[Camera, _Rhythm] = {"infrared": _Rhythm(), "visible": _Rhythm()}
+        self._standstill = Standstill()
         rate = 1 + config.infrared_drift_ppm * 1e-6
         self._infrared = self._ordered("infrared", infrared, round(config.infrared_offset_ms * 1e6), rate)
         self._visible = self._ordered("visible", visible, round(config.visible_offset_ms * 1e6))
@@ -531,6 +543,8 @@ class _Recordings:
                 continue
             newest_ns = frame.captured_ns
             self._rhythm[camera].add(newest_ns)
+            frame = self._standstill.judged(frame)
+            self._account.resting += camera == "infrared" and self._standstill.resting
             yield _Candidate(frame, frame.captured_ns)
 
     def _alone_in_gap(

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline.config import GainConfig, SyntheticSource
+from pipeline.frame import Frame
 from pipeline.gain import InfraredGain
-from pipeline.shutter import Repeats
+from pipeline.shutter import Repeats, Shutter
 from pipeline.sources.synthetic import SyntheticCamera
 from tests.rigs.counts import HEIGHT, WIDTH, background_change, frame, scene
 
@@ -206,11 +207,8 @@ def test_repeats_are_counted_until_a_new_picture_comes():
 
 
 def test_three_equal_pictures_in_a_row_are_a_closed_shutter():
-    repeats = Repeats()
-    frozen = []
-    for _ in range(4):
-        repeats.add(np.zeros((16, 16), np.uint16))
-        frozen.append(repeats.frozen)
+    shutter, image = Shutter(), np.zeros((16, 16), np.uint16)
+    frozen = [shutter.judged(Frame("infrared", image, 40_000_000 * index, index)).frozen for index in range(4)]
     assert frozen == [False, False, True, True]
 
 

@@ -173,7 +173,7 @@ def test_a_picture_of_another_size_begins_anew():
     pictures = coded("rtsp camera")
     for picture in pictures[:60]:
         shutter.add(picture)
-    assert shutter.frozen
+    assert shutter.count
     assert shutter.add(np.ascontiguousarray(pictures[60][: -4 * BLOCK_PX])) == 0
 
 
