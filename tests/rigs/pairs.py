@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import csv
+import itertools
+import tarfile
 from pathlib import Path
 
+import av
 import cv2
 import numpy as np
 
 SIZE = (640, 480)
+Pair = tuple[np.ndarray, np.ndarray]  # infrared, visible: uint8 (480, 640)
 
 
 def scene(seed: int = 0, size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.ndarray]:
@@ -52,18 +56,53 @@ def blank(level: int) -> np.ndarray:
     return np.full(SIZE[::-1], level, np.uint8)
 
 
-def real_pairs(data_dir: Path, dataset: str, light: str, count: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def real_pairs(data_dir: Path, dataset: str, light: str, count: int) -> list[Pair]:
     """Evaluation pairs at 640x480, with the displacement that a whole data set shares taken out."""
+    rows = _rows(data_dir / "eval" / "index.csv", dataset=dataset)
+    chosen = [row for row in rows if row["light"] in (light, "")][:count]
+    return [
+        _in_place(
+            data_dir,
+            dataset,
+            *(cv2.imread(str(data_dir / "eval" / row[key]), cv2.IMREAD_GRAYSCALE) for key in ("ir", "vi")),
+        )
+        for row in chosen
+    ]
+
+
+def training_pairs(data_dir: Path, dataset: str, light: str, every: int = 1) -> list[Pair]:
+    """The same of the training part."""
+    pairs = []
+    for row in _rows(data_dir / "train" / "index.csv", subset=dataset, light=light)[::every]:
+        with tarfile.open(data_dir / "train" / row["tar"]) as archive:
+            stored = [np.frombuffer(archive.extractfile(row[key]).read(), np.uint8) for key in ("ir", "vi")]
+        pairs.append(_in_place(data_dir, dataset, *(cv2.imdecode(one, cv2.IMREAD_GRAYSCALE) for one in stored)))
+    return pairs
+
+
+def clip_pairs(data_dir: Path, name: str, every: int) -> list[Pair]:
+    """Every so manieth frame of the registered clips whose name begins so, at 640x480."""
+    pairs: list[Pair] = []
+    for part in ("eval", "train"):
+        for file in sorted((data_dir / "video" / part).glob(f"{name}*_ir.mkv")):
+            clips = (_grey(file), _grey(file.with_name(file.name.replace("_ir", "_vi"))))
+            pairs += itertools.islice(zip(*clips, strict=True), 0, None, every)
+    return pairs
+
+
+def _grey(video: Path) -> list[np.ndarray]:
+    with av.open(str(video)) as container:
+        return [frame.to_ndarray(format="gray") for frame in container.decode(video=0)]
+
+
+def _rows(index: Path, **wanted: str) -> list[dict[str, str]]:
+    with index.open() as file:
+        return [row for row in csv.DictReader(file) if all(row[key] == value for key, value in wanted.items())]
+
+
+def _in_place(data_dir: Path, dataset: str, infrared: np.ndarray, visible: np.ndarray) -> Pair:
     field = np.load(data_dir / "registration_residual_fields.npz")[dataset].astype(np.float32)
     row, column = np.mgrid[0:480, 0:640].astype(np.float32)
-    with (data_dir / "eval" / "index.csv").open() as file:
-        rows = [line for line in csv.DictReader(file) if line["dataset"] == dataset and line["light"] in (light, "")]
-    pairs = []
-    for line in rows[:count]:
-        infrared, visible = (
-            cv2.resize(cv2.imread(str(data_dir / "eval" / line[key]), cv2.IMREAD_GRAYSCALE), SIZE)
-            for key in ("ir", "vi")
-        )
-        map_x, map_y = column + field[..., 0], row + field[..., 1]
-        pairs.append((cv2.remap(infrared, map_x, map_y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE), visible))
-    return pairs
+    map_x, map_y = column + field[..., 0], row + field[..., 1]
+    infrared, visible = (cv2.resize(picture, SIZE) for picture in (infrared, visible))
+    return cv2.remap(infrared, map_x, map_y, cv2.INTER_CUBIC, borderMode=cv2.BORDER_REPLICATE), visible
