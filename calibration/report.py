@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from calibration.judge import Judgement
 from calibration.rig import COEFFICIENTS, CalibrationError, Rig
 from calibration.solve import DISTANCES_M, PARALLAX_M, Solution, distance_name, parallax
 from calibration.views import CELLS, BoardView, Detections, coverage, summary
+from calibration.whole_file import write_text
 
 CAMERAS = ("visible", "infrared")
 COLOURS = {"visible": "#2b6cb0", "infrared": "#c05621"}
@@ -80,11 +80,8 @@ def _refusals(detections: Detections) -> list[tuple[str, str, str]]:
 def write_html(content: Content, path: str | Path) -> None:
     """Writes the report, whole or not at all. Raises CalibrationError if it cannot be written."""
     path = Path(path)
-    part = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(render(content), encoding="utf-8")
-        os.replace(part, path)
+        write_text(path, render(content))
     except OSError as error:
         raise CalibrationError(f"cannot write the report {path}: {error.strerror}: choose another place") from None
 

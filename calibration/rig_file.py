@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import yaml
 
 from calibration.foreign import folder_rig, foreign_rig, is_foreign
 from calibration.rig import COEFFICIENTS, CalibrationError, CameraModel, Lens, Rig
+from calibration.whole_file import write_text
 
 FORMAT = "dspfusion-calibration/1"
 MAX_BYTES = 1 << 20
@@ -91,21 +89,9 @@ def save_rig(rig: Rig, path: str | Path, extra: dict[str, Any] | None = None) ->
     document = _merged(_document(rig), {key: value for key, value in (extra or {}).items() if key != "format"})
     text = yaml.safe_dump(document, sort_keys=False, default_flow_style=None, width=110)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        write_text(path, text)
     except OSError as error:
-        raise CalibrationError(f"cannot write the calibration {path}: {error.strerror}") from None
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CalibrationError(f"cannot write the calibration {path}: {error.strerror}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+        raise CalibrationError(f"cannot write the calibration {path}: {error.strerror}: choose another place") from None
 
 
 def _merged(document: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from calibration.rig import CalibrationError
 from calibration.targets import Board, Detection, Refusal, detect
+from calibration.whole_file import write_text
 
 FORMAT = "dspfusion-detections/1"
 MAX_BYTES = 64 << 20
@@ -218,11 +219,8 @@ def save_detections(detections: Detections, path: str | Path) -> None:
         "views": [_view_document(view) for view in detections.views],
     }
     path = Path(path)
-    part = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(document, indent=1), encoding="utf-8")
-        part.replace(path)
+        write_text(path, json.dumps(document, indent=1))
     except OSError as error:
         raise CalibrationError(f"cannot write the detections {path}: {error.strerror}: choose another place") from None
 

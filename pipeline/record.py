@@ -11,9 +11,9 @@ import av
 import cv2
 import numpy as np
 
+from calibration.whole_file import part_of
 from pipeline.errors import ConfigError
 from pipeline.handover import HandoverClosed, Latest
-from pipeline.whole_file import part_of
 
 TIME_BASE = Fraction(1, 90_000)
 FINISH_S = 5.0

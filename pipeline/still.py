@@ -9,6 +9,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from calibration.whole_file import written_whole
 from engines.base import FusionEngine
 from pipeline.config import GainConfig, PriorsConfig, RegistrationConfig
 from pipeline.errors import ConfigError, SourceError
@@ -18,7 +19,6 @@ from pipeline.gain import InfraredGain
 from pipeline.recording import colour_of, refuse_swapped, refuse_unless_there
 from pipeline.register import Register
 from pipeline.sources.folder import SUFFIXES, image_files, read_image
-from pipeline.whole_file import written_whole
 
 
 def list_pairs(infrared: Path, visible: Path, output: Path) -> list[tuple[Path, Path, Path]]:

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from calibration.whole_file import written_whole
 from pipeline.errors import ConfigError
-from pipeline.whole_file import written_whole
 
 
 class Distribution:

@@ -11,10 +11,10 @@ import av
 import numpy as np
 import pytest
 
+from calibration.whole_file import write_text, written_whole
 from pipeline.errors import ConfigError
 from pipeline.record import VideoFile
 from pipeline.telemetry import write_report
-from pipeline.whole_file import written_whole
 
 
 def test_of_two_that_write_to_one_place_the_last_one_to_finish_stays_whole(tmp_path: Path):
@@ -56,6 +56,15 @@ def test_after_a_failure_the_old_file_stays_and_nothing_else(tmp_path: Path, err
     with pytest.raises(type(error)):
         fail()
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("report.json", "old")]
+
+
+def test_a_text_makes_its_folder_and_a_writer_that_was_killed_is_not_in_the_way(tmp_path: Path):
+    target = tmp_path / "new" / "rig.yaml"
+    write_text(target, "one")
+    (target.parent / "rig.yaml.part").mkdir()
+    write_text(target, "two")
+    assert target.read_text() == "two"
+    assert sorted(path.name for path in target.parent.iterdir()) == ["rig.yaml", "rig.yaml.part"]
 
 
 def test_a_report_follows_a_link_and_goes_into_a_pipe(tmp_path: Path):

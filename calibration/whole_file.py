@@ -32,3 +32,17 @@ def written_whole(path: Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file that took its maker a while: its folder is made, and a loss of power leaves the old one or the new.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as part, part.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        if part != path:  # a pipe keeps nothing
+            os.fsync(file.fileno())
