@@ -31,7 +31,7 @@ class Frame:
     bits: int = 8  # significant bits of a sample: 8, 14 or 16
     suspect: bool = False  # decoded after a loss, before the next keyframe
     repeats: int = 0  # times in a row that this camera has sent the picture before; above 0 it shows an old moment
-    unchanged: int = 0  # times in a row that it has been the same bit by bit, which a live one may be behind a codec
+    still: int = 0  # behind a lossy codec: pictures in a row that show nothing new, also where they count as live
 
     def __post_init__(self) -> None:
         shape, kind = self.image.shape, self.image.dtype

@@ -96,13 +96,16 @@ class Shutter:
         self._run: deque[_Change] = deque(maxlen=RUN_PICTURES)  # since the shutter closed
         self._moved = 0  # pictures in a row
         self._lossy = False
+        self._rests = False  # it counts as live, though it has shown nothing new since it repeated
+        self._news = 0  # pictures in a row
         self.count = 0
+        self.still = 0
 
     def judged(self, frame: Frame) -> Frame:
         """The frame with its repeats told. A visible camera has no shutter."""
         if frame.camera != "infrared":
             return frame
-        return replace(frame, repeats=self.add(frame.image), unchanged=self._exact.count)
+        return replace(frame, repeats=self.add(frame.image), still=self.still)
 
     def add(self, image: np.ndarray) -> int:
         """Returns 0 for a new picture, n for its n-th repeat."""
@@ -110,7 +113,9 @@ class Shutter:
         if image.dtype != np.uint8:
             self.count = exact
         else:
-            self._judge(NO_CHANGE if exact else self._change_of(image))
+            change = NO_CHANGE if exact else self._change_of(image)
+            self._judge(change)
+            self._watch(change)
         return self.count
 
     def _judge(self, change: _Change | None) -> None:
@@ -118,10 +123,15 @@ class Shutter:
             self._open()
             self._live.clear()
         elif change is NO_CHANGE:
-            self._repeat(change) if self.count or self._was_moving else self._open(change)
+            if self.count or self._was_moving:
+                self._repeat(change)
+            else:
+                self._rests = True
+                self._open(change)
         elif len(self._live) < FEWEST_PICTURES:
             self._open(change)
             if change.share < SKIPPED_SHARE:  # a codec skips what does not move: this scene stands still
+                self._rests = True
                 self._live.extend([change] * FEWEST_PICTURES)
         elif change.shift >= SHIFTED:
             self._open(change)
@@ -136,10 +146,18 @@ class Shutter:
             self._lossy = True
             self._repeat(change)
 
+    def _watch(self, change: _Change | None) -> None:
+        """Counts the pictures that show nothing new."""
+        news = change is None or change.shift >= SHIFTED or change.levels >= CODING_LEVELS
+        self._news = self._news + 1 if news and not self.count else 0
+        self._rests = self._rests and self._news < MOVED_PICTURES
+        self.still = self.still + 1 if self._rests or (self.count and self._lossy) else 0
+
     def _repeat(self, change: _Change) -> None:
         self._run.append(change)
         self.count += 1
         if self._at_rest():
+            self._rests = True
             self._live.clear()
             self._live.extend([change] * FEWEST_PICTURES)
             self._open(change)
@@ -169,6 +187,7 @@ class Shutter:
         if self.count:
             self._trend = None
         self.count = self._moved = 0
+        self._lossy = False
         self._run.clear()
         if change is not None:
             self._live.append(change)
