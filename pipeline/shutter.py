@@ -51,7 +51,8 @@ MOVED_PICTURES = 2  # above it in a row: the shutter is open again; one alone is
 RUN_PICTURES = 4  # since the shutter closed that are remembered
 REST_PICTURES = 10  # after so many, noise is told from refined detail...
 REST_SHARE = 0.7  # ...by the share of the blocks that change: noise is everywhere
-LONGEST_PICTURES = 90  # 3.6 s at 25 Hz: no shutter is closed for longer
+LONGEST_NS = 3_600_000_000  # no shutter is closed for longer
+USUAL_PERIOD_NS = 40_000_000
 
 
 class Repeats:
@@ -98,6 +99,7 @@ class Shutter:
         self._lossy = False
         self._rests = False  # it counts as live, though it has shown nothing new since it repeated
         self._news = 0  # pictures in a row
+        self._at_ns = self._closed_ns = 0  # of the newest picture, and of the one that was the first to repeat
         self.count = 0
         self.still = 0
 
@@ -105,10 +107,11 @@ class Shutter:
         """The frame with its repeats told. A visible camera has no shutter."""
         if frame.camera != "infrared":
             return frame
-        return replace(frame, repeats=self.add(frame.image), still=self.still)
+        return replace(frame, repeats=self.add(frame.image, frame.captured_ns), still=self.still)
 
-    def add(self, image: np.ndarray) -> int:
-        """Returns 0 for a new picture, n for its n-th repeat."""
+    def add(self, image: np.ndarray, at_ns: int | None = None) -> int:
+        """Returns 0 for a new picture, n for its n-th repeat. Without a time it comes 40 ms after the one before."""
+        self._at_ns = self._at_ns + USUAL_PERIOD_NS if at_ns is None else at_ns
         exact = self._exact.add(image)
         if image.dtype != np.uint8:
             self.count = exact
@@ -155,6 +158,8 @@ class Shutter:
 
     def _repeat(self, change: _Change) -> None:
         self._run.append(change)
+        if not self.count:
+            self._closed_ns = self._at_ns
         self.count += 1
         if self._at_rest():
             self._rests = True
@@ -199,7 +204,7 @@ class Shutter:
         if median(change.share for change in self._run) > REST_SHARE:
             return True
         moved = len(self._live) >= FEWEST_PICTURES and self._usual(lambda one: one.levels) > CODING_LEVELS
-        return self.count >= LONGEST_PICTURES and self._lossy and not moved
+        return self._at_ns - self._closed_ns >= LONGEST_NS and self._lossy and not moved
 
     def _change_of(self, image: np.ndarray) -> _Change | None:
         """From the picture before; None: there is none of this size."""

@@ -22,8 +22,8 @@ import cv2
 import numpy as np
 
 from pipeline.frame import Frame
+from pipeline.shutter import LONGEST_NS
 
-LONGEST_NS = 3_600_000_000  # that a shutter is closed
 LATE_NS = 500_000_000  # by which the visible view may come to rest after the infrared one
 APART_NS = 105_000_000  # between two visible pictures that are compared...
 STEPS = 8  # ...and so many of these make up a second
@@ -31,78 +31,99 @@ PAUSE_NS = 3 * APART_NS  # visible pictures farther apart are not compared
 BLOCKS = (20, 15)
 SAMPLES_PER_BLOCK = 8  # a side
 TEXTURED_SHARE = 0.5  # of the blocks, those with the most texture
-CHANGED_PERCENTILE = 60
-MOVING_LEVELS = 1.0  # grey levels that a moving view changes by in a second...
-MOVING = (
-    2.5,
-    16.0,
-)  # ...and how many times the usual change of a step: noise 1, even motion 3 to 9, a single jump more
+CHANGED_SHARE = 0.4  # of these change by more than what counts as the change
+MOVING_LEVELS = 1.0  # grey levels that a moving view changes by in a second, at least...
+MOVING_FEWEST, MOVING_MOST = 2.5, 16.0  # ...and how many times the usual change of a step: noise 1, motion 3 to 9
 MOVING_STEPS = 4  # in a row...
 DOUBT_STEPS = 2  # ...and so many leave open whether the view is still at rest
-FADING = 0.98  # a step
-ELSEWHERE_SHARE = 0.1  # of what a second of motion changes: a view at rest that differs by more has crept
+CREPT_SHARE = 0.1  # of what a second of motion changes: a view at rest that has become so different has crept
+FADING = 0.98  # of what is remembered of the motion, a step
 CONTRAST_SHARE = 0.5  # of the contrast while moving: with less, the view might move unseen
+
+
+class _Picture:
+    """What is compared of a visible picture: the means of large blocks of its green channel, from a few samples."""
+
+    def __init__(self, image: np.ndarray) -> None:
+        self.blocks = _blocks(image)
+        texture = np.abs(cv2.Laplacian(self.blocks, cv2.CV_32F)).ravel()
+        self.contrast = _quantile(texture, 1 - TEXTURED_SHARE)
+        self._textured = texture >= self.contrast
+
+    def change_from(self, before: _Picture) -> float:
+        """By how many grey levels the blocks with texture have changed, apart from a change of all."""
+        change = (self.blocks - before.blocks).ravel()
+        return _quantile(np.abs(change - _quantile(change, 0.5))[self._textured], 1 - CHANGED_SHARE)
+
+
+def _blocks(image: np.ndarray) -> np.ndarray:
+    steps = [
+        max(1, side // (blocks * SAMPLES_PER_BLOCK)) for side, blocks in zip(image.shape[:2], BLOCKS[::-1], strict=True)
+    ]
+    samples = np.ascontiguousarray(image[:: steps[0], :: steps[1], 1]).astype(np.float32)
+    return cv2.resize(samples, BLOCKS, interpolation=cv2.INTER_AREA)
+
+
+def _quantile(values: np.ndarray, share: float) -> float:
+    place = min(int(share * values.size), values.size - 1)
+    return float(np.partition(values, place)[place])
 
 
 class VisibleView:
     """Whether the view of the visible camera moves, or since when it has been at rest."""
 
     def __init__(self) -> None:
-        self._views: deque[np.ndarray] = deque(maxlen=STEPS + 1)
+        self._views: deque[_Picture] = deque(maxlen=STEPS + 1)
         self._times_ns: deque[int] = deque(maxlen=STEPS + 1)
         self._steps: deque[float] = deque(maxlen=STEPS)
-        self._moving_steps = self._elsewhere_steps = 0
+        self._moving_steps = self._crept_steps = 0
         self._contrast: float | None = None  # when the view was last seen to move...
         self._speed_levels = 0.0  # ...and by how much it did in a second
-        self._reference: np.ndarray | None = None  # the view at rest
+        self._reference: _Picture | None = None  # the view at rest
         self._rests_since_ns: int | None = None
-
-    @property
-    def moves(self) -> bool:
-        return self._moving_steps >= MOVING_STEPS
 
     @property
     def rests_since_ns(self) -> int | None:
         """None: it moves, or nothing is known."""
-        return self._rests_since_ns if max(self._moving_steps, self._elsewhere_steps) < DOUBT_STEPS else None
+        in_doubt = len(self._steps) < STEPS or max(self._moving_steps, self._crept_steps) >= DOUBT_STEPS
+        return None if in_doubt else self._rests_since_ns
 
     def moved_since(self, when_ns: int) -> bool:
         """Whether the view is known to have moved after a moment."""
-        moves = self.moves and self._times_ns[0] >= when_ns
-        return moves or (self._rests_since_ns is not None and self._rests_since_ns > when_ns)
+        if self._moving_steps >= MOVING_STEPS:
+            return self._times_ns[0] >= when_ns
+        return self._rests_since_ns is not None and self._rests_since_ns > when_ns
 
     def add(self, frame: Frame) -> None:
         """Looks at a frame, if it comes long enough after the last one looked at."""
         passed_ns = frame.captured_ns - self._times_ns[-1] if self._times_ns else 0
-        if self._times_ns and 0 <= passed_ns < APART_NS:
+        if self._times_ns and passed_ns < APART_NS:
             return
-        if not 0 <= passed_ns <= PAUSE_NS:
-            self.__init__()  # type: ignore[misc]
-        self._views.append(_blocks(frame.image))
+        if passed_ns > PAUSE_NS:
+            for history in (self._views, self._times_ns, self._steps):
+                history.clear()
+        self._views.append(_Picture(frame.image))
         self._times_ns.append(frame.captured_ns)
         if len(self._views) > 1:
-            self._steps.append(_change(self._views[-2], self._views[-1]))
+            self._steps.append(self._views[-1].change_from(self._views[-2]))
         if len(self._steps) == STEPS:
             self._judge()
 
     def _judge(self) -> None:
         newest, usual = self._views[-1], median(self._steps)
-        least = max(MOVING_LEVELS, MOVING[0] * usual)
-        moved = _change(self._views[0], newest)
-        moving = least <= moved <= MOVING[1] * usual
-        self._moving_steps = self._moving_steps + 1 if moving else 0
-        if self.moves:
-            self._contrast, self._rests_since_ns = _contrast(newest), None
+        moved, least = newest.change_from(self._views[0]), max(MOVING_LEVELS, MOVING_FEWEST * usual)
+        self._moving_steps = self._moving_steps + 1 if least <= moved <= MOVING_MOST * usual else 0
+        if self._moving_steps >= MOVING_STEPS:
+            self._contrast, self._rests_since_ns = newest.contrast, None
             self._speed_levels = max(moved, FADING * self._speed_levels)
-        elif self._contrast is None or _contrast(newest) < CONTRAST_SHARE * self._contrast:
+        elif self._contrast is None or newest.contrast < CONTRAST_SHARE * self._contrast:
             self._rests_since_ns = None
         elif self._rests_since_ns is None or self._reference is None:
-            self._reference, self._rests_since_ns = newest, self._times_ns[STEPS // 2]
-            self._elsewhere_steps = 0
+            self._reference, self._rests_since_ns, self._crept_steps = newest, self._times_ns[STEPS // 2], 0
         else:
-            elsewhere = _change(self._reference, newest) >= max(least, ELSEWHERE_SHARE * self._speed_levels)
-            self._elsewhere_steps = self._elsewhere_steps + 1 if elsewhere else 0
-            if self._elsewhere_steps >= MOVING_STEPS:
+            crept = newest.change_from(self._reference) >= max(least, CREPT_SHARE * self._speed_levels)
+            self._crept_steps = self._crept_steps + 1 if crept else 0
+            if self._crept_steps >= MOVING_STEPS:
                 self._rests_since_ns = None
 
 
@@ -111,6 +132,7 @@ class Standstill:
 
     def __init__(self) -> None:
         self._view = VisibleView()
+        self._visible_ns = 0
         self._began_ns: int | None = None  # when infrared began to show nothing new
         self._hangs = False
         self.resting = False  # the newest infrared picture repeats, because nothing moves
@@ -118,47 +140,27 @@ class Standstill:
     def judged(self, frame: Frame) -> Frame:
         """The frame, an infrared one with what the visible view tells of its repeats."""
         if frame.camera == "visible":
+            if frame.captured_ns < self._visible_ns:  # its clock was set back
+                self._view = VisibleView()
+            self._visible_ns = frame.captured_ns
             self._view.add(frame)
             return frame
+        self.resting = False
         if not frame.repeats and not frame.still:
-            self._began_ns, self._hangs, self.resting = None, False, False
+            self._began_ns, self._hangs = None, False
             return frame
         if self._began_ns is None or frame.captured_ns < self._began_ns:
             self._began_ns = frame.captured_ns
-        self._hangs |= self._view.moved_since(self._began_ns + LATE_NS)
-        self.resting = not self._hangs and bool(frame.repeats) and bool(frame.still) and self._rests(frame.captured_ns)
-        if self.resting:
-            return replace(frame, repeats=0)
-        return replace(frame, repeats=frame.still) if self._hangs and not frame.repeats else frame
-
-    def _rests(self, now_ns: int) -> bool:
-        assert self._began_ns is not None
+        latest_ns = self._began_ns + LATE_NS
+        self._hangs |= self._view.moved_since(latest_ns)
+        if self._hangs:
+            return frame if frame.repeats else replace(frame, repeats=frame.still)
+        if not frame.repeats or not frame.still or not self._watched_until(frame.captured_ns):
+            return frame
         since_ns = self._view.rests_since_ns
-        return since_ns is not None and since_ns <= self._began_ns + LATE_NS and now_ns - self._began_ns >= LONGEST_NS
+        long_enough = frame.captured_ns - self._began_ns >= LONGEST_NS
+        self.resting = since_ns is not None and since_ns <= latest_ns and long_enough
+        return replace(frame, repeats=0) if self.resting else frame
 
-
-def _blocks(image: np.ndarray) -> np.ndarray:
-    """Means of large blocks of the green channel, from a few samples of each."""
-    height, width = image.shape[:2]
-    step_y, step_x = (
-        max(1, side // (blocks * SAMPLES_PER_BLOCK)) for side, blocks in zip((height, width), BLOCKS[::-1], strict=True)
-    )
-    samples = np.ascontiguousarray(image[::step_y, ::step_x, 1]).astype(np.float32)
-    return cv2.resize(samples, BLOCKS, interpolation=cv2.INTER_AREA)
-
-
-def _change(before: np.ndarray, blocks: np.ndarray) -> float:
-    """By how many grey levels most of the blocks with texture change, apart from a change of all."""
-    change = blocks - before
-    change = np.abs(change - np.median(change))
-    texture = _texture(blocks)
-    textured = texture >= np.quantile(texture, 1 - TEXTURED_SHARE)
-    return float(np.percentile(change[textured], CHANGED_PERCENTILE))
-
-
-def _texture(blocks: np.ndarray) -> np.ndarray:
-    return np.abs(cv2.Laplacian(blocks, cv2.CV_32F))
-
-
-def _contrast(blocks: np.ndarray) -> float:
-    return float(np.quantile(_texture(blocks), 1 - TEXTURED_SHARE))
+    def _watched_until(self, now_ns: int) -> bool:
+        return now_ns - self._visible_ns <= LATE_NS
