@@ -4,7 +4,7 @@ fallback."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import cv2
@@ -15,6 +15,8 @@ from calibration.bundle import CAMERAS
 from calibration.rig import CalibrationError, CameraModel, Rig
 from calibration.targets import Board, through
 from calibration.views import BoardView, Detections
+
+EXCHANGED_PX, EXCHANGED_FACTOR = 3.0, 3.0  # off by more, and by so many times less the other way round
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +54,31 @@ def judge(rig: Rig, detections: Detections, spacing_m: float | None = None) -> J
         residuals.append(_residual(rig, points, seen, felt, board))
     if not views:
         raise CalibrationError("no view shows the board to both cameras: run `calibrate detect` on other pictures")
-    return Judgement(tuple(views), tuple(residuals), spread_of([item["infrared"] for item in residuals]))
+    transfer_px = spread_of([item["infrared"] for item in residuals])
+    _refuse_exchanged(rig, transfer_px["median"], points, views, board)
+    return Judgement(tuple(views), tuple(residuals), transfer_px)
+
+
+def _refuse_exchanged(rig: Rig, median_px: float, points: np.ndarray, views: list[BoardView], board: Board) -> None:
+    """Raises CalibrationError where the views fit a calibration whose cameras have changed places far better."""
+    if rig.homography is not None or median_px < EXCHANGED_PX or rig.visible.size != rig.infrared.size:
+        return
+    back = np.linalg.inv(rig.infrared_from_visible)
+    for pose in (rig.infrared_from_visible, back):
+        other = replace(rig, visible=rig.infrared, infrared=rig.visible, infrared_from_visible=pose)
+        errors = []
+        for view in views:
+            seen, felt = view.points("visible"), view.points("infrared")
+            assert seen is not None
+            assert felt is not None
+            errors.append(_residual(other, points, seen, felt, board)["infrared"])
+        exchanged_px = spread_of(errors)["median"]
+        if exchanged_px < median_px / EXCHANGED_FACTOR:
+            raise CalibrationError(
+                f"infrared and visible look swapped: the views are {median_px:.1f} px off this calibration, and "
+                f"{exchanged_px:.1f} px with its cameras exchanged: exchange them there, or the folders at `calibrate "
+                "detect`"
+            )
 
 
 def _wrong_size(camera: str, size: tuple[int, int], sizes: dict[str, tuple[int, int]]) -> str:

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from calibration.residual import similarity
-from calibration.rig import CameraModel, Rig, feathered, infrared_map
+from calibration.rig import CalibrationError, CameraModel, Rig, feathered, infrared_map
 
 MARGIN_SHARE = 0.06  # of the width: more than the widest correction moves a corner
 
@@ -41,6 +41,9 @@ class Warp:
     Args:
         rig: the calibration.
         feather_px: width of the fall-off at the edge of what infrared sees.
+
+    Raises:
+        CalibrationError: the two pictures have nothing in common.
     """
 
     def __init__(self, rig: Rig, feather_px: float) -> None:
@@ -48,6 +51,11 @@ class Warp:
         self._feather_px = feather_px
         self._margin = round(MARGIN_SHARE * rig.visible.width)
         map_x, map_y, weight = infrared_map(rig, feather_px)
+        if not weight.any():
+            raise CalibrationError(
+                "with this calibration infrared sees nothing of the visible picture: it is damaged, or of another rig: "
+                "calibrate the rig again"
+            )
         self.offline = self._finished(map_x, map_y, weight, np.zeros(4))
 
     @classmethod

@@ -239,6 +239,16 @@ def test_a_calibration_of_another_resolution_or_of_swapped_cameras_is_refused(se
               replace(seen, sizes={"infrared": sizes["visible"], "visible": sizes["infrared"]}))  # fmt: skip
 
 
+@pytest.mark.parametrize("both", [False, True])
+def test_a_calibration_whose_cameras_were_exchanged_is_refused(seen, both):
+    pose = np.linalg.inv(TRUTH.infrared_from_visible) if both else TRUTH.infrared_from_visible
+    other = Rig(TRUTH.infrared, TRUTH.visible, pose)
+    with pytest.raises(
+        CalibrationError, match=r"swapped: the views are \d.* off .* 0\.\d px with its cameras exchanged"
+    ):
+        judge(other, seen)
+
+
 def test_a_homography_serves_at_the_boards_distance():
     poses = random_poses(BOARD, 6, TRUTH, seed=8, distance_m=(2.0, 2.02), tilt_deg=2.0)
     plane = solve_plane(views_of(TRUTH, BOARD, poses))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import cv2
 import numpy as np
 import pytest
@@ -203,6 +205,12 @@ def test_a_stream_that_changes_its_size_goes_on_uncalibrated_and_stops_calibrate
 def test_an_unusable_calibration_is_refused_at_the_start(tmp_path):
     with pytest.raises(CalibrationError, match="cannot read"):
         Register(RegistrationConfig(calibration=str(tmp_path / "none.yaml")), InfraredGain())
+
+
+def test_a_calibration_with_which_infrared_sees_nothing_of_the_picture_is_refused():
+    backwards = make_rig().infrared_from_visible @ np.diag([-1.0, 1.0, -1.0, 1.0])
+    with pytest.raises(CalibrationError, match="sees nothing"):
+        Register(RegistrationConfig(), InfraredGain(), replace(make_rig(), infrared_from_visible=backwards))
 
 
 @pytest.mark.parametrize("plane_m", [5.0, 20.0])

@@ -317,8 +317,8 @@ def _tell_detected(detections: Detections, found: dict[str, Any], paired_by: str
     from calibration.targets import MIN_SPACING_PX, Refusal
     from pipeline.terminal import console
 
-    looked_for = f"a {detections.board.name}, of either polarity, {MIN_SPACING_PX:.0f} px or more apart"
-    console.print(f"looked for {looked_for}", highlight=False)
+    looked_for = f"{detections.board.name}, of either polarity, {MIN_SPACING_PX:.0f} px or more apart"
+    console.print(f"looked for: {looked_for}", highlight=False)
     console.print(f"{found['views']} views, paired by {paired_by}; the board in both pictures of {found['paired']}")
     for camera in ("infrared", "visible"):
         of = found[camera]
