@@ -132,13 +132,19 @@ def test_a_creeping_mount_and_a_knock(real: dict[str, list[Pair]]):
             recoveries.append(next(n for n in range(KNOCK, KEYFRAMES) if max(left[n : n + 3]) < 2) - KNOCK + 1)
             lefts += left[5:KNOCK] + left[KNOCK + 6 :]
             moved += left_px(shown, [np.zeros(4)] * KEYFRAMES)
-        followed.append((name, SEEDS * KEYFRAMES, np.median(lefts), p95(lefts), max(lefts), str(recoveries)))
+        within = f"{sum(one <= 6 for one in recoveries)} of {SEEDS}"
+        followed.append((name, len(lefts), np.median(lefts), p95(lefts), max(lefts), np.median(recoveries), within))
         idle.append((name, len(moved), np.median(moved), p95(moved), max(moved)))
     note = "without the first 5 keyframes and the 6 after the knock"
-    columns = "pairs of | keyframes | median px | p95 px | worst px | keyframes to recover"
+    columns = "pairs of | keyframes | median px | p95 px | worst px | recovered after | within 6"
     show("Filtered: slow drift and a 4 px knock; goal 0.8 and 1.5 px, 6 keyframes", columns, followed, note)
     columns = "pairs of | keyframes | median px | p95 px | largest px"
     show("Identity control: how far aligned cameras are moved; goal 0.5 px", columns, idle)
+    for _, _, median_px, worse_px, _, recovered, _ in followed:
+        assert median_px <= 0.8
+        assert worse_px <= 1.5
+        assert recovered <= 6
+    assert max(row[-1] for row in idle) <= 0.5
 
 
 def left_px(pairs: list[Pair], truths: list[np.ndarray]) -> list[float]:
@@ -155,9 +161,9 @@ def left_px(pairs: list[Pair], truths: list[np.ndarray]) -> list[float]:
 
 @pytest.mark.realdata
 def test_pictures_that_tell_nothing(real: dict[str, list[Pair]]):
-    """Each keyframe is of another scene, and the rig is right: whatever moves is moved falsely."""
-    pairs = [pair for name in ("MSRS day", "MSRS night", "RoadScene") for pair in real[name]]
+    """The rig is right: whatever moves is moved falsely. M3SVD pairs, since the others are off by themselves."""
     random = np.random.default_rng(0)
+    pairs = [real["M3SVD"][number] for _ in range(3) for number in random.permutation(len(real["M3SVD"]))]
 
     def noisy(level: float | np.ndarray, sigma: float = 3.0) -> np.ndarray:
         return np.clip(random.normal(0, sigma, SIZE[::-1]) + level, 0, 255).astype(np.uint8)
@@ -193,7 +199,7 @@ def test_pictures_that_tell_nothing(real: dict[str, list[Pair]]):
         rows.append((name, len(pairs), counts["no_information"], counts["used"] + counts["jumped"], false, max(moved)))
     columns = "picture | keyframes | told nothing | used | off by over 0.5 px | largest px"
     show("False updates: keyframes after which an aligned rig is off; goal 0", columns, rows)
-    assert all(row[3] == 0 for row in rows[:4])
+    assert sum(row[4] for row in rows) == 0
 
 
 def warped_by(pair: Pair, correction: np.ndarray) -> Pair:

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 
 from calibration.refine import Bounds, Refiner
-from calibration.residual import Residual, Surfaces, Survey, displacement_px, similarity, survey
+from calibration.residual import Residual, Surfaces, Survey, displacement_px, similarity
 from calibration.warp import Warp
 from pipeline.config import RegistrationConfig
 from pipeline.frame import Frame, FramePair
 from pipeline.gain import InfraredGain
 from pipeline.register import Register
-from tests.rigs.pairs import error_px, real_pairs, warped
 
 SIZE = (320, 240)
 NO_SURFACES = Surfaces(np.zeros((0, 17, 17)), np.zeros((0, 2)), np.zeros((0, 2)), np.zeros(4), 1.0, SIZE)
@@ -254,54 +253,3 @@ def test_on_a_calibrated_rig_map_and_correction_are_one_remap():
     assert maps.weight[:, 5].max() < 1  # and fades in
     assert maps.weight[120, -1] == 1  # on the right it goes on beyond the picture
     assert np.array_equal(warp.offline.remap(infrared), infrared)
-
-
-# Real pairs
-
-
-@pytest.mark.realdata
-@pytest.mark.benchmarks
-@pytest.mark.parametrize(("dataset", "light"), [("msrs", "day"), ("msrs", "night"), ("roadscene", "day")])
-def test_a_creeping_mount_and_a_knock_are_followed_on_real_pairs(data_dir, dataset: str, light: str):
-    """Up to 6 px of drift over 80 keyframes, 4 px at once in the middle; prints what single keyframes and the filter
-    get wrong, and how far aligned cameras are moved."""
-    size, keyframes, knock = (640, 480), 100, 50
-    pairs = real_pairs(data_dir, dataset, light, 40)
-    singles, lefts, recoveries, idle = [], [], [], []
-    for seed in (0, 1):
-        random = np.random.default_rng(seed)
-        toward, bump = (
-            length * np.array([np.cos(angle), np.sin(angle), 0, 0])
-            for length, angle in zip((6, 4), random.uniform(0, 2 * np.pi, 2), strict=True)
-        )
-        toward[2:] = random.uniform(-0.005, 0.005), random.uniform(-0.003, 0.003)
-        order = np.concatenate([random.permutation(len(pairs)) for _ in range(-(-keyframes // len(pairs)))])
-        for moves in (True, False):
-            refiner, left = Refiner(size), []
-            for step, number in enumerate(order[:keyframes]):
-                truth = (toward * min(1, step / 80) + bump * (step >= knock)) * moves
-                shown = refiner.correction
-                hidden = similarity(truth, size) @ np.linalg.inv(similarity(shown, size))
-                infrared, visible = pairs[number]
-                found = survey(warped(infrared, hidden), visible)
-                refiner.add(found, shown)
-                singles += [error_px(found.residual.matrix, hidden)] * moves
-                after = similarity(truth, size) @ np.linalg.inv(similarity(refiner.correction, size))
-                left.append(displacement_px(after, size))
-            if moves:
-                recoveries.append(next(n for n in range(knock, keyframes) if max(left[n : n + 3]) < 2) - knock + 1)
-                lefts += left[5:knock] + left[knock + 6 :]
-            else:
-                idle.append(np.median(left))
-    print(
-        f"\n{dataset} {light}: single keyframe median {np.median(singles):.2f} px, "
-        f"{100 * np.mean(np.array(singles) < 3):.0f} % below 3 px; filtered median {np.median(lefts):.2f}, p95 "
-        f"{np.percentile(lefts, 95):.2f} px; recovered after {recoveries} keyframes; aligned cameras moved by "
-        f"{max(idle):.2f} px"
-    )
-    assert np.median(lefts) <= 0.8
-    assert np.percentile(lefts, 95) <= 1.5
-    assert max(recoveries) <= 6
-    assert max(idle) <= 0.5
-    assert np.median(singles) <= 1.4
-    assert np.mean(np.array(singles) < 3) >= 0.87
