@@ -16,6 +16,7 @@ from calibration.rig import CalibrationError, CameraModel, Rig
 from calibration.targets import Board, through
 from calibration.views import BoardView, Detections
 
+MAX_FORESHORTENING = 1.5  # of one homography, over the infrared picture
 EXCHANGED_PX, EXCHANGED_FACTOR = 3.0, 3.0  # off by more, and by so many times less the other way round
 
 
@@ -164,10 +165,25 @@ def solve_plane(detections: Detections) -> PlaneSolution:
             f"one homography leaves {spread['rms']:.0f} px: the board was at different distances, or the pictures do "
             "not belong together: hold it at the distance that matters, or take more views and solve for the lenses"
         )
+    _refuse_foreshortened(homography, width, height)
     warnings = ["a homography is right at the board's distance only, and takes no lens distortion into account"]
     if len(pairs) == 1:
         warnings.append("one view: the error is that of the fit, not of anything left out")
     return PlaneSolution(_flat_rig(homography, detections.sizes), len(pairs), spread, len(pairs) > 1, tuple(warnings))
+
+
+def _refuse_foreshortened(homography: np.ndarray, width: int, height: int) -> None:
+    """Raises CalibrationError for a homography that no two cameras side by side have.
+
+    A mirrored board is a board again, tilted the other way: one view of it has a homography as good as any.
+    """
+    corners = np.array([[0, 0, 1], [width, 0, 1], [0, height, 1], [width, height, 1]])
+    depths = corners @ homography[2]
+    if depths.min() <= 0 or depths.max() > MAX_FORESHORTENING * depths.min():
+        raise CalibrationError(
+            "the cameras would have to see the board from quite different sides: one camera's pictures are mirrored "
+            "(switch that off, and record again), or the two are not of one moment"
+        )
 
 
 def _fit(pairs: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:

@@ -261,6 +261,16 @@ def test_a_homography_serves_at_the_boards_distance():
     assert seen_at[:2] / seen_at[2] == pytest.approx(centre[0], abs=2.5)
 
 
+def test_one_mirrored_view_of_a_tilted_board_has_no_homography(seen):
+    for view in (seen.views[number] for number in (0, 2, 4, 5, 6, 7, 8)):
+        turned = np.arange(BOARD.count).reshape(BOARD.rows, BOARD.columns)[:, ::-1].ravel()
+        points = view.points("infrared")[turned] * (-1, 1) + (SIZES["infrared"][0] - 1, 0)
+        felt = replace(view.results["infrared"], points=points)
+        assert solve_plane(replace(seen, views=(view,))).heldout_px["rms"] < 3
+        with pytest.raises(CalibrationError, match="mirrored"):
+            solve_plane(replace(seen, views=(BoardView("one", view.results | {"infrared": felt}),)))
+
+
 def test_boards_at_many_distances_have_no_common_homography(seen):
     near_and_far = views_of(TRUTH, BOARD, random_poses(BOARD, 8, TRUTH, seed=4, distance_m=(0.35, 3.0)))
     plane_or_error = pytest.raises(CalibrationError, match="different distances")
