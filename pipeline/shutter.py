@@ -96,8 +96,8 @@ class Shutter:
         self._live: deque[_Change] = deque(maxlen=LIVE_PICTURES)
         self._run: deque[_Change] = deque(maxlen=RUN_PICTURES)  # since the shutter closed
         self._moved = 0  # pictures in a row
-        self._lossy = False
-        self._rests = False  # it counts as live, though it has shown nothing new since it repeated
+        self._lossy = False  # since the shutter closed, a picture has differed as one does that is coded anew
+        self._rests = False  # a lossy codec has repeated, and there has been no news since
         self._news = 0  # pictures in a row
         self._at_ns = self._closed_ns = 0  # of the newest picture, and of the one that was the first to repeat
         self.count = 0
@@ -146,15 +146,15 @@ class Shutter:
                 self._open(change)
         else:
             self._moved = 0
-            self._lossy = True
+            self._lossy |= change.share <= REST_SHARE
             self._repeat(change)
 
     def _watch(self, change: _Change | None) -> None:
         """Counts the pictures that show nothing new."""
         news = change is None or change.shift >= SHIFTED or change.levels >= CODING_LEVELS
         self._news = self._news + 1 if news and not self.count else 0
-        self._rests = self._rests and self._news < MOVED_PICTURES
-        self.still = self.still + 1 if self._rests or (self.count and self._lossy) else 0
+        self._rests = (self._rests and self._news < MOVED_PICTURES) or bool(self.count and self._lossy)
+        self.still = self.still + 1 if self._rests else 0
 
     def _repeat(self, change: _Change) -> None:
         self._run.append(change)

@@ -24,7 +24,8 @@ import numpy as np
 from pipeline.frame import Frame
 from pipeline.shutter import LONGEST_NS
 
-LATE_NS = 500_000_000  # by which the visible view may come to rest after the infrared one
+LATE_NS = 500_000_000  # by which the visible view may come to rest after the infrared one...
+TOO_LATE_NS = 1_000_000_000  # ...and from which on infrared is known to hang
 APART_NS = 105_000_000  # between two visible pictures that are compared...
 STEPS = 8  # ...and so many of these make up a second
 PAUSE_NS = 3 * APART_NS  # visible pictures farther apart are not compared
@@ -33,8 +34,10 @@ SAMPLES_PER_BLOCK = 8  # a side
 TEXTURED_SHARE = 0.5  # of the blocks, those with the most texture
 CHANGED_SHARE = 0.4  # of these change by more than what counts as the change
 MOVING_LEVELS = 1.0  # grey levels that a moving view changes by in a second, at least...
-MOVING_FEWEST, MOVING_MOST = 2.5, 16.0  # ...and how many times the usual change of a step: noise 1, motion 3 to 9
+MOVING_USUALS = 2.5  # ...and so many times the usual change of a step: noise gives 1, motion 3 to 9
+JUMP_SHARE = 0.6  # of what changes in a second: where one step has so much, a lamp was switched on
 MOVING_STEPS = 4  # in a row...
+STOP_STEP = 3  # of a second's steps, where the view came to rest that was seen to move until then
 DOUBT_STEPS = 2  # ...and so many leave open whether the view is still at rest
 CREPT_SHARE = 0.1  # of what a second of motion changes: a view at rest that has become so different has crept
 FADING = 0.98  # of what is remembered of the motion, a step
@@ -76,7 +79,7 @@ class VisibleView:
         self._views: deque[_Picture] = deque(maxlen=STEPS + 1)
         self._times_ns: deque[int] = deque(maxlen=STEPS + 1)
         self._steps: deque[float] = deque(maxlen=STEPS)
-        self._moving_steps = self._crept_steps = 0
+        self._changed_steps = self._moving_steps = self._crept_steps = 0  # in a row
         self._contrast: float | None = None  # when the view was last seen to move...
         self._speed_levels = 0.0  # ...and by how much it did in a second
         self._reference: _Picture | None = None  # the view at rest
@@ -85,7 +88,7 @@ class VisibleView:
     @property
     def rests_since_ns(self) -> int | None:
         """None: it moves, or nothing is known."""
-        in_doubt = len(self._steps) < STEPS or max(self._moving_steps, self._crept_steps) >= DOUBT_STEPS
+        in_doubt = len(self._steps) < STEPS or max(self._changed_steps, self._crept_steps) >= DOUBT_STEPS
         return None if in_doubt else self._rests_since_ns
 
     def moved_since(self, when_ns: int) -> bool:
@@ -111,15 +114,19 @@ class VisibleView:
 
     def _judge(self) -> None:
         newest, usual = self._views[-1], median(self._steps)
-        moved, least = newest.change_from(self._views[0]), max(MOVING_LEVELS, MOVING_FEWEST * usual)
-        self._moving_steps = self._moving_steps + 1 if least <= moved <= MOVING_MOST * usual else 0
+        moved, least = newest.change_from(self._views[0]), max(MOVING_LEVELS, MOVING_USUALS * usual)
+        changed, jumped = moved >= least, max(self._steps) >= JUMP_SHARE * moved
+        self._changed_steps = self._changed_steps + 1 if changed else 0
+        self._moving_steps = self._moving_steps + 1 if changed and not jumped else 0
         if self._moving_steps >= MOVING_STEPS:
             self._contrast, self._rests_since_ns = newest.contrast, None
             self._speed_levels = max(moved, FADING * self._speed_levels)
         elif self._contrast is None or newest.contrast < CONTRAST_SHARE * self._contrast:
             self._rests_since_ns = None
         elif self._rests_since_ns is None or self._reference is None:
-            self._reference, self._rests_since_ns, self._crept_steps = newest, self._times_ns[STEPS // 2], 0
+            self._reference, self._rests_since_ns, self._crept_steps = newest, self._times_ns[STOP_STEP], 0
+        elif changed and jumped:
+            self._reference = newest
         else:
             crept = newest.change_from(self._reference) >= max(least, CREPT_SHARE * self._speed_levels)
             self._crept_steps = self._crept_steps + 1 if crept else 0
@@ -152,7 +159,7 @@ class Standstill:
         if self._began_ns is None or frame.captured_ns < self._began_ns:
             self._began_ns = frame.captured_ns
         latest_ns = self._began_ns + LATE_NS
-        self._hangs |= self._view.moved_since(latest_ns)
+        self._hangs |= self._view.moved_since(self._began_ns + TOO_LATE_NS)
         if self._hangs:
             return frame if frame.repeats else replace(frame, repeats=frame.still)
         if not frame.repeats or not frame.still or not self._watched_until(frame.captured_ns):

@@ -14,6 +14,7 @@ from calibration.time_offset import MotionSignal
 from pipeline.clock import MotionLog
 from pipeline.config import SyntheticSource
 from pipeline.frame import Camera
+from pipeline.shutter import Shutter
 from pipeline.sources.synthetic import SyntheticCamera
 
 Path2D = Callable[[np.ndarray], np.ndarray]  # true seconds -> (N, 2) pixels
@@ -67,9 +68,9 @@ def rendered(camera: Camera, seconds: float, **settings) -> MotionSignal:
         SyntheticSource(scene="day", width=256, height=192, rate_hz=25, realtime=False, **settings), camera
     )
     source.open()
-    log = MotionLog()
+    log, shutter = MotionLog(), Shutter()
     for _ in range(int(25 * seconds)):
-        log.add(source.grab())
+        log.add(shutter.judged(source.grab()))
     return log.signal()
 
 
