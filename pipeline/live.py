@@ -514,8 +514,8 @@ class LivePipeline:
         cameras: dict[str, dict[str, Any]] = {camera: capture.counters() for camera, capture in self._captures.items()}
         infrared = cameras["infrared"]
         infrared["resting"] = self._sync.account.resting
-        if infrared["state"] == "shutter" and self._sync.resting:
-            infrared["state"] = "live"
+        if infrared["state"] in ("live", "shutter"):
+            infrared["state"] = "shutter" if self._sync.infrared_frozen else "live"
         return cameras
 
     def _health(self) -> dict[str, Any]:

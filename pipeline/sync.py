@@ -196,6 +196,7 @@ class Sync:
         self._presence: dict[Camera, _Presence] = {"infrared": _Presence(), "visible": _Presence()}
         self._backwards: dict[Camera, list[int]] = {"infrared": [], "visible": []}
         self._standstill = Standstill()
+        self.infrared_frozen = False  # as far as both cameras tell: its shutter is closed, or it hangs
         self._released_until_ns: int | None = None  # capture time of the newest pair
         self._now_ns: int | None = None
         self._watched_ns = 0
@@ -221,11 +222,6 @@ class Sync:
     def absent(self, camera: Camera) -> bool:
         return self._presence[camera].absent
 
-    @property
-    def resting(self) -> bool:
-        """Whether the infrared camera repeats its picture because nothing moves."""
-        return self._standstill.resting
-
     def period_ns(self, camera: Camera) -> int | None:
         """Measured time between two captures; None before the second frame."""
         return self._rhythm[camera].period_ns
@@ -246,7 +242,9 @@ class Sync:
         self._learn_rhythm(camera, frame.captured_ns)
         self._rhythm[camera].arrived(now_ns - frame.captured_ns)
         frame = self._standstill.judged(frame)
-        self.account.resting += camera == "infrared" and self._standstill.resting
+        if camera == "infrared":
+            self.infrared_frozen = frame.frozen
+            self.account.resting += self._standstill.resting
         if frame.repeats:
             self.account.drop(camera, "repeat")
         elif not settled:
