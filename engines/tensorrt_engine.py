@@ -41,12 +41,10 @@ class PaddedFrame(nn.Module):
 
     def __init__(self, network: DSPFusion) -> None:
         super().__init__()
-        self.unet = network.unet
+        self.network = network
 
     def forward(self, infrared: Tensor, visible: Tensor, *tokens: Tensor) -> Tensor:
-        degradation_infrared, degradation_visible, semantic = (one[None] for one in tokens)
-        fused: Tensor = self.unet(infrared, visible, (degradation_infrared, degradation_visible), semantic)
-        return fused.float()
+        return self.network.fuse_padded(infrared, visible, *(one[None] for one in tokens)).float()
 
 
 class UnitPriors(nn.Module):

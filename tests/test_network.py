@@ -17,7 +17,7 @@ from engines.arrays import picture_of
 from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, EngineError
 from engines.dspfusion.diffusion import STEPS, SemanticDiffusion, alpha_bars, stride
 from engines.dspfusion.folded import FoldedFrame
-from engines.dspfusion.head import DetailBands
+from engines.dspfusion.head import DetailBands, RestoredHead
 from engines.dspfusion.loading import build, load
 from engines.dspfusion.network import DSPFusion, PriorTokens, TellHead, pad
 from engines.dspfusion.priors import mosaic, thumbnail
@@ -139,12 +139,12 @@ def test_the_head_is_told_nothing_at_first_and_then_what_the_tokens_say_on_avera
 def test_detail_is_raised_band_by_band_as_on_the_plane(step: int):
     """0.7 of the detail finer than a Gaussian of 0.7 px, and -1.3 of that between 0.7 and 1.4 px."""
     plane = torch.rand(1, 1, 48, 64)
-    details = DetailBands(5, step)
-    details.factors.bias.data = torch.tensor([0.7, -1.3])
+    details = DetailBands(5, step, 1)
+    details.factors.bias.data = torch.tensor([0.7, -2.0])  # by what stands there...
+    details.steer.weight.data = torch.tensor([[0.0], [1.4]])  # ...and by the readout of the picture, which says 0.5
     with torch.no_grad():
-        added = F.pixel_shuffle(
-            details(torch.zeros(1, 5, 48 // step, 64 // step), F.pixel_unshuffle(plane, step)), step
-        )
+        features = torch.zeros(1, 5, 48 // step, 64 // step)
+        added = F.pixel_shuffle(details(features, F.pixel_unshuffle(plane, step), torch.tensor([[0.5]])), step)
     picture = plane[0, 0].numpy()
     smooth = [picture, *(cv2.GaussianBlur(picture, (9, 9), sigma) for sigma in (0.7, 1.4))]
     expected = 0.7 * (smooth[0] - smooth[1]) - 1.3 * (smooth[1] - smooth[2])
@@ -156,9 +156,35 @@ def test_detail_is_raised_band_by_band_as_on_the_plane(step: int):
 
 
 def test_a_plain_picture_has_no_detail():
-    details = DetailBands(5, 4)
+    details = DetailBands(5, 4, 1)
     details.factors.bias.data = torch.tensor([5.0, 5.0])
-    assert details(torch.zeros(1, 5, 6, 8), torch.full((1, 16, 6, 8), 0.8)).abs().max() < 1e-5
+    assert details(torch.zeros(1, 5, 6, 8), torch.full((1, 16, 6, 8), 0.8), torch.ones(1, 1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("raised", ["infrared", "visible"])
+@pytest.mark.parametrize("shown", ["infrared", "visible"])
+def test_what_sharpens_one_source_leaves_the_other_as_it_is(raised: str, shown: str):
+    head = RestoredHead(5, 4, 1)
+    head.get_submodule(f"{raised}_details").factors.bias.data = torch.tensor([1.0, 1.0])
+    assert head.maps[4].bias is not None
+    head.maps[4].bias.data.fill_(20)  # the gate shows the brighter source alone
+    bright, dark = torch.rand(2, 1, 16, 8, 8) * 0.3 + torch.tensor([0.6, 0.1])[:, None, None, None, None]
+    infrared, luminance = (bright, dark) if shown == "infrared" else (dark, bright)
+    with torch.no_grad():
+        picture = head.restore(torch.zeros(1, 5, 8, 8), infrared, luminance, dark, dark, torch.zeros(1, 1))[0]
+    changed = (picture - bright).abs().mean()
+    assert changed > 0.02 if raised == shown else changed < 1e-6
+
+
+def test_the_readout_says_how_likely_each_degradation_is_and_how_strong():
+    network = DSPFusion(TINY)
+    with torch.no_grad():
+        priors = network.estimate_priors(*pair(128, 128), 1)
+        readout = network.readout(priors.degradation_infrared, priors.degradation_visible)
+    shares = torch.cat([priors.infrared_logits.softmax(-1), priors.visible_logits.softmax(-1)], -1)
+    torch.testing.assert_close(readout[:, :15], shares)
+    torch.testing.assert_close(readout[:, 15:22], shares[:, :7] * priors.infrared_strength[:, None])
+    torch.testing.assert_close(readout[:, 22:], shares[:, 7:] * priors.visible_strength[:, None])
 
 
 def test_an_untrained_nano_shows_nearly_the_brighter_source():

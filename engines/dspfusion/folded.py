@@ -29,7 +29,7 @@ class FoldedFrame(nn.Module):
         super().__init__()
         unet, head = network.unet, network.unet.head
         assert isinstance(head, RestoredHead)
-        self.unet, self.head = unet, head
+        self.network, self.unet, self.head = network, unet, head
         self.step, self.multiple = network.variant.unshuffle, network.variant.multiple
         with torch.no_grad():
             self._enter = row_kernel(unet.enter.weight.sum(1, keepdim=True)), row_kernel(unet.enter.weight)
@@ -49,14 +49,16 @@ class FoldedFrame(nn.Module):
         """The fused picture as uint8 blocks: (1, H / step, W / step, 3 * step * step), padded sizes."""
         infrared, visible = (rows_of(padded(picture, self.multiple), self.step) for picture in (infrared, visible))
         stride, bias = (self.step, 1), self.unet.enter.bias
+        degradation = degradation_infrared[None], degradation_visible[None]
         features = self.unet.features(
             (F.conv2d(infrared, self._enter[0], bias, stride), F.conv2d(visible, self._enter[1], bias, stride)),
-            (degradation_infrared[None], degradation_visible[None]),
+            degradation,
             semantic[None],
             self._join,
         )
-        planes = [F.conv2d(visible, kernel, stride=stride) for kernel in self._colours]
-        fused = self.head.restore(features, F.conv2d(infrared, self._unshuffle, stride=stride), *planes)
+        luminance, blue, red = (F.conv2d(visible, kernel, stride=stride) for kernel in self._colours)
+        infrared = F.conv2d(infrared, self._unshuffle, stride=stride)
+        fused = self.head.restore(features, infrared, luminance, blue, red, self.network.readout(*degradation))
         picture = F.conv2d(torch.cat(fused, 1), self._to_bytes)
         return picture.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1)
 

@@ -27,6 +27,7 @@ from engines.dspfusion.head import RestoredHead, VisibleHead
 from engines.dspfusion.priors import TOKENS, PriorEncoder, TokenPyramid, mosaic, thumbnail
 from engines.dspfusion.variants import Variant
 
+READOUT = 2 * (len(INFRARED_DEGRADATIONS) + len(VISIBLE_DEGRADATIONS))  # numbers: see `DSPFusion.readout`
 Join = Callable[[int, Tensor, Tensor], Tensor]  # (level, from the level below, from the encoder)
 
 
@@ -91,7 +92,7 @@ class FusionUNet(nn.Module):
         self.decode = nn.ModuleList(blocks(level, variant.blocks[level], decoded[level]) for level in range(levels - 1))
         self.refine = blocks(0, variant.refinement_blocks, decoded[0])
         self.tell = TellHead(decoded[0], variant) if variant.output == "restored" else None
-        self.head = VisibleHead(decoded[0]) if variant.output == "visible" else RestoredHead(decoded[0], step)
+        self.head = VisibleHead(decoded[0]) if variant.output == "visible" else RestoredHead(decoded[0], step, READOUT)
 
     def enter_infrared(self, infrared: Tensor) -> Tensor:
         """The visible entry, as if the one infrared channel were repeated three times."""
@@ -99,10 +100,10 @@ class FusionUNet(nn.Module):
         return F.conv2d(infrared, weight, self.enter.bias, self.enter.stride, self.enter.padding)
 
     def forward(
-        self, infrared: Tensor, visible: Tensor, degradation: tuple[Tensor, Tensor], semantic: Tensor
+        self, infrared: Tensor, visible: Tensor, degradation: tuple[Tensor, Tensor], semantic: Tensor, readout: Tensor
     ) -> Tensor:
         streams = self.enter_infrared(infrared), self.enter(visible)
-        return self.head(self.features(streams, degradation, semantic, self.join), infrared, visible)
+        return self.head(self.features(streams, degradation, semantic, self.join), infrared, visible, readout)
 
     def features(
         self, streams: tuple[Tensor, Tensor], degradation: tuple[Tensor, Tensor], semantic: Tensor, join: Join
@@ -196,20 +197,30 @@ class DSPFusion(nn.Module):
         """Adds degradation tokens to semantic ones, and restores the latter when `steps` is above 0."""
         infrared_tokens = self.degradation_encoder(mosaic(infrared).expand(-1, 3, -1, -1))
         visible_tokens = self.degradation_encoder(mosaic(visible))
-        infrared_embedding, visible_embedding = infrared_tokens.mean(1), visible_tokens.mean(1)
         if steps > 0:
             semantic = self.diffusion(semantic, infrared_tokens, visible_tokens, steps, start)
-        return PriorTokens(
-            infrared_tokens,
-            visible_tokens,
-            semantic,
-            self.name_infrared(infrared_embedding),
-            self.name_visible(visible_embedding),
-            torch.sigmoid(self.rate_infrared(infrared_embedding)[:, 0]),
-            torch.sigmoid(self.rate_visible(visible_embedding)[:, 0]),
-            infrared_embedding,
-            visible_embedding,
+        named = self._name(infrared_tokens.mean(1), visible_tokens.mean(1))
+        return PriorTokens(infrared_tokens, visible_tokens, semantic, *named)
+
+    def _name(self, infrared: Tensor, visible: Tensor) -> tuple[Tensor, ...]:
+        """The last six fields of `PriorTokens`, from the embeddings."""
+        return (
+            self.name_infrared(infrared),
+            self.name_visible(visible),
+            torch.sigmoid(self.rate_infrared(infrared)[:, 0]),
+            torch.sigmoid(self.rate_visible(visible)[:, 0]),
+            infrared,
+            visible,
         )
+
+    def readout(self, infrared: Tensor, visible: Tensor) -> Tensor:
+        """How likely each degradation is, and that times its strength: (B, 30) in [0, 1], from both (B, 16, Cd)."""
+        infrared_logits, visible_logits, infrared_strength, visible_strength, *_ = self._name(
+            infrared.mean(1), visible.mean(1)
+        )
+        infrared_shares, visible_shares = infrared_logits.softmax(-1), visible_logits.softmax(-1)
+        strengths = infrared_strength[:, None] * infrared_shares, visible_strength[:, None] * visible_shares
+        return torch.cat([infrared_shares, visible_shares, *strengths], -1)
 
     def forward(
         self,
@@ -221,13 +232,22 @@ class DSPFusion(nn.Module):
     ) -> Tensor:
         """Fuses a pair: (B, 1, H, W) and (B, 3, H, W) -> (B, 3, H, W) in [0, 1]. A missing modality is black."""
         height, width = infrared.shape[-2:]
-        fused = self.unet(
-            pad(infrared, self.variant.multiple),
-            pad(visible, self.variant.multiple),
-            (degradation_infrared, degradation_visible),
-            semantic,
-        )
-        return fused[..., :height, :width]
+        tokens = degradation_infrared, degradation_visible, semantic
+        multiple = self.variant.multiple
+        return self.fuse_padded(pad(infrared, multiple), pad(visible, multiple), *tokens)[..., :height, :width]
+
+    def fuse_padded(
+        self,
+        infrared: Tensor,
+        visible: Tensor,
+        degradation_infrared: Tensor,
+        degradation_visible: Tensor,
+        semantic: Tensor,
+    ) -> Tensor:
+        """As `forward`, for pictures whose sides are multiples of `Variant.multiple`."""
+        degradation = degradation_infrared, degradation_visible
+        fused: Tensor = self.unet(infrared, visible, degradation, semantic, self.readout(*degradation))
+        return fused
 
 
 def pad(image: Tensor, multiple: int) -> Tensor:
