@@ -13,7 +13,7 @@ from pipeline.frame import Frame, FramePair
 from pipeline.shutter import Shutter
 from pipeline.standstill import Standstill
 from pipeline.sync import Account, Sync, pair_recordings
-from tests.test_shutter import SIZE, WORLD, through
+from tests.test_shutter import SIZE, WORLD, exposed, through
 
 PERIOD_NS = 40_000_000
 STOP, GO, COUNT = 60, 200, 260  # pictures: the rig stands from the first to the second
@@ -30,19 +30,16 @@ def place_px(index: int) -> float:
 
 def filmed(noise: float, hangs: range = range(0), painted: Painting | None = None, contrast: float = 1.0):
     """Pictures of a camera on that rig."""
-    random = np.random.default_rng(3)
-    pictures: list[np.ndarray] = []
-    for index in range(COUNT):
-        if index in hangs:
-            pictures.append(pictures[-1])
-            continue
+
+    def view(index: int) -> np.ndarray:
         shift = np.array([[1, 0, -10 - place_px(index)], [0, 1, -90.0]])
-        view = cv2.warpAffine(WORLD, shift, SIZE, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
-        view = 100 + contrast * (view - 100)
+        seen = cv2.warpAffine(WORLD, shift, SIZE, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
+        seen = 100 + contrast * (seen - 100)
         if painted is not None:
-            painted(index, view)
-        pictures.append(np.clip(view + random.normal(0, noise, view.shape), 0, 255).astype(np.uint8))
-    return pictures
+            painted(index, seen)
+        return seen
+
+    return exposed(map(view, range(COUNT)), noise, hangs, seed=3)
 
 
 def walker(index: int, view: np.ndarray) -> None:

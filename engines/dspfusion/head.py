@@ -89,9 +89,9 @@ class DetailBands(nn.Module):
     """A learned, local unsharp mask: raises or lowers two bands of a picture's detail by a factor at every position.
 
     What the factors are is told by the U-Net's features, position by position, and by the readout of the picture as a
-    whole: blur is undone by factors of 2 to 5 that depend on how strong it is, which training alone does not find on
-    the long way through the U-Net. The bands are differences of Gaussians. On an unshuffled picture both are one
-    convolution; the outermost positions, where it would look over the border, keep their detail as it is.
+    whole: undoing blur takes large factors that depend on how strong it is, as the readout says. The bands are
+    differences of Gaussians. On an unshuffled picture both are one convolution; the outermost positions, where it would
+    look over the border, keep their detail as it is.
     """
 
     kernel: Tensor

@@ -236,17 +236,10 @@ class DSPFusion(nn.Module):
         multiple = self.variant.multiple
         return self.fuse_padded(pad(infrared, multiple), pad(visible, multiple), *tokens)[..., :height, :width]
 
-    def fuse_padded(
-        self,
-        infrared: Tensor,
-        visible: Tensor,
-        degradation_infrared: Tensor,
-        degradation_visible: Tensor,
-        semantic: Tensor,
-    ) -> Tensor:
+    def fuse_padded(self, infrared: Tensor, visible: Tensor, *tokens: Tensor) -> Tensor:
         """As `forward`, for pictures whose sides are multiples of `Variant.multiple`."""
-        degradation = degradation_infrared, degradation_visible
-        fused: Tensor = self.unet(infrared, visible, degradation, semantic, self.readout(*degradation))
+        *degradation, semantic = tokens
+        fused: Tensor = self.unet(infrared, visible, tuple(degradation), semantic, self.readout(*degradation))
         return fused
 
 
