@@ -67,11 +67,11 @@ def _none(picture: Picture, strength: float, random: np.random.Generator) -> Pic
 
 
 def _low_light(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
-    """Gamma 1.5 to 3, shot noise of the few photons left, and read noise; half of the cameras smooth some away."""
+    """Gamma 1.5 to 3, shot noise of the few photons left, and read noise; cameras smooth some of it away, or all."""
     dark = picture ** _within(strength, 1.5, 3.0)
     photons = _within(strength, 2000, 300)
     read = random.uniform(0.2, 1.0) * _within(strength, 0.02, 0.07)
-    left = min(1.0, random.uniform(0, 2))
+    left = float(np.clip(random.uniform(-0.4, 1.6), 0, 1))
     return dark + left * np.sqrt(dark / photons + read**2) * _normal(dark.shape, random)
 
 
@@ -84,12 +84,22 @@ def _over_exposure(picture: Picture, strength: float, random: np.random.Generato
 
 
 def _blur(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
-    """Defocus (Gaussian), or motion along a line."""
-    if random.random() < 0.7:
-        return np.asarray(cv2.GaussianBlur(picture, (0, 0), _within(strength, 0.8, 2.8)), dtype=np.float32)
-    return np.asarray(
-        cv2.filter2D(picture, -1, _line(int(_within(strength, 4, 13)), random.uniform(0, 180))), np.float32
-    )
+    """Softness (Gaussian), defocus (a disc of the same spread), or motion along a line."""
+    what, sigma_px = random.random(), _within(strength, 0.8, 2.8)
+    if what < 0.5:
+        return np.asarray(cv2.GaussianBlur(picture, (0, 0), sigma_px), dtype=np.float32)
+    kernel = _disc(2 * sigma_px) if what < 0.7 else _line(int(_within(strength, 4, 13)), random.uniform(0, 180))
+    return np.asarray(cv2.filter2D(picture, -1, kernel), np.float32)
+
+
+def _disc(radius_px: float) -> Picture:
+    """The blur circle of a lens out of focus, summing to one; its spread along x or y is half of its radius."""
+    reach = int(np.ceil(radius_px))
+    fine = 8  # samples of a pixel along x and y
+    away = (np.arange((2 * reach + 1) * fine) + 0.5) / fine - reach - 0.5
+    inside = (np.hypot(away[:, None], away) <= radius_px).astype(np.float32)
+    kernel = inside.reshape(2 * reach + 1, fine, 2 * reach + 1, fine).sum((1, 3))
+    return np.asarray(kernel / kernel.sum(), np.float32)
 
 
 def _line(length: int, angle_deg: float) -> Picture:
@@ -107,7 +117,10 @@ def _noise(picture: Picture, strength: float, random: np.random.Generator) -> Pi
 
 
 def _rain(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
-    """Bright streaks in one direction: single drops through a thin veil, or dense fine rain under a darker sky."""
+    """Bright streaks in one direction: single drops through a thin veil, or dense fine rain under a darker sky.
+
+    On bright ground they are as bright as elsewhere, or fade, or anything between: that is up to the light behind them.
+    """
     angle_deg = 90 + random.uniform(-45, 45)
     if random.random() < 0.5:
         layer = _drops(picture.shape[:2], strength, angle_deg, random)
@@ -116,7 +129,8 @@ def _rain(picture: Picture, strength: float, random: np.random.Generator) -> Pic
     else:
         layer = _drizzle(picture.shape[:2], strength, angle_deg, random)
         picture = picture * (1 - random.uniform(0, 0.12))
-    return picture + layer[..., None] * (1 - picture) * 0.9
+    faded = 1 - random.uniform(0, 1) * picture
+    return np.asarray(picture + layer[..., None] * faded * 0.9, np.float32)
 
 
 def _drops(shape: tuple[int, int], strength: float, angle_deg: float, random: np.random.Generator) -> Picture:
@@ -133,7 +147,8 @@ def _drizzle(shape: tuple[int, int], strength: float, angle_deg: float, random: 
     noise = cv2.GaussianBlur(_normal(shape, random), (0, 0), random.uniform(0.3, 1.3))
     drawn_out = cv2.filter2D(noise, -1, _line(int(random.integers(9, 45)), angle_deg))
     streaks = drawn_out / max(1e-6, float(drawn_out.std())) - random.uniform(-0.5, 1.2)
-    return np.clip(streaks * _within(strength, 0.02, 0.2), 0, 0.8).astype(np.float32)
+    # Most rain is faint: equal steps of strength are equal ratios of brightness.
+    return np.clip(streaks * 0.015 * (0.2 / 0.015) ** strength, 0, 0.8).astype(np.float32)
 
 
 def _haze(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
@@ -197,27 +212,30 @@ def _stripes(picture: Picture, strength: float, random: np.random.Generator) -> 
 
 
 def _camera(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
-    """What every camera adds: a little sharpening, a little noise, and often the blocks of a good compression."""
+    """What every camera adds: a little sharpening, a little noise."""
     soft = cv2.GaussianBlur(picture, (0, 0), random.uniform(0.6, 1.5))
     picture = picture + random.uniform(0, 0.6) * strength * (picture - soft)
-    picture = picture + random.uniform(0, 0.015) * strength * _normal(picture.shape, random)
-    if random.random() < 0.4:
-        picture = _jpeg(picture, round(_within(strength, 97, 85)))
-    return np.asarray(picture, np.float32)
+    return picture + random.uniform(0, 0.015) * strength * _normal(picture.shape, random)
 
 
-CAMERA = "camera"  # no degradation to be named: what is there in every picture, and not wanted in a fused one
+def _coded(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
+    """What the way from camera to computer takes: JPEG at quality 97 down to 75, colour at half the resolution."""
+    return _jpeg(picture, round(_within(strength, 97, 75)))
+
+
+# No degradations to be named: what is there in most pictures, and not wanted in a fused one.
+CAMERA, CODED = "camera", "coded"
 _VISIBLE: dict[str, Kind] = dict(
     zip(
-        (*VISIBLE_DEGRADATIONS, CAMERA),
-        (_none, _low_light, _over_exposure, _blur, _noise, _rain, _haze, _compression, _camera),
+        (*VISIBLE_DEGRADATIONS, CAMERA, CODED),
+        (_none, _low_light, _over_exposure, _blur, _noise, _rain, _haze, _compression, _camera, _coded),
         strict=True,
     )
 )
 _INFRARED: dict[str, Kind] = dict(
     zip(
-        (*INFRARED_DEGRADATIONS, CAMERA),
-        (_none, _low_contrast, _noise, _stripes, _blur, _dead_pixels, _banding, _camera),
+        (*INFRARED_DEGRADATIONS, CAMERA, CODED),
+        (_none, _low_contrast, _noise, _stripes, _blur, _dead_pixels, _banding, _camera, _coded),
         strict=True,
     )
 )

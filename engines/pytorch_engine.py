@@ -61,14 +61,15 @@ class PriorGraph(nn.Module):
     def of_units(self, infrared: Tensor, visible: Tensor) -> tuple[Tensor, ...]:
         """The same of pictures in [0, 1], (1, 1, H, W) and (1, 3, H, W)."""
         priors = self.network.estimate_priors(infrared, visible, self.diffusion_steps)
+        of_infrared, of_visible = priors.infrared_logits[0].softmax(-1), priors.visible_logits[0].softmax(-1)
         return (
             priors.degradation_infrared[0],
             priors.degradation_visible[0],
             priors.semantic[0],
-            priors.infrared_logits[0].softmax(-1),
-            priors.visible_logits[0].softmax(-1),
-            priors.infrared_strength[0],
-            priors.visible_strength[0],
+            of_infrared,
+            of_visible,
+            (of_infrared * priors.infrared_strengths[0]).sum(),
+            (of_visible * priors.visible_strengths[0]).sum(),
         )
 
 

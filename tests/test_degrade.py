@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS
-from engines.degrade import CAMERA, degrade_infrared, degrade_visible
+from engines.degrade import CAMERA, CODED, degrade_infrared, degrade_visible
 
 
 def scene() -> np.ndarray:
@@ -66,14 +66,34 @@ def test_other_seeds_give_other_pictures(kind: str):
     assert not np.array_equal(degrade_visible(colours(), kind, 1), degrade_visible(colours(), kind, 2))
 
 
+def change_of(degrade, picture: np.ndarray, kind: str, seed: int, strength: float) -> float:
+    return float(np.sqrt(np.mean((degrade(picture, kind, seed, strength) - picture) ** 2)))
+
+
 @pytest.mark.parametrize(("degrade", "picture"), [(degrade_visible, colours()), (degrade_infrared, scene())])
 def test_what_every_camera_adds_is_slight_and_no_kind_to_be_named(degrade, picture):
-    changes = [np.sqrt(np.mean((degrade(picture, CAMERA, seed, 1.0) - picture) ** 2)) for seed in range(20)]
-    assert 0.003 < np.mean(changes) < 0.02  # 0.8 to 5 grey levels
-    faint = [np.sqrt(np.mean((degrade(picture, CAMERA, seed, 0.0) - picture) ** 2)) for seed in range(20)]
-    assert max(faint) < 0.012  # at most the best compression
-    assert min(faint) < 1e-6
+    strong = [change_of(degrade, picture, CAMERA, seed, 1.0) for seed in range(20)]
+    assert 0.003 < np.mean(strong) < 0.02  # 0.8 to 5 grey levels
+    assert max(change_of(degrade, picture, CAMERA, seed, 0.0) for seed in range(20)) < 1e-6
     assert CAMERA not in (*VISIBLE_DEGRADATIONS, *INFRARED_DEGRADATIONS)
+
+
+@pytest.mark.parametrize(("degrade", "picture"), [(degrade_visible, colours()), (degrade_infrared, scene())])
+def test_a_coded_picture_lost_little_and_is_no_kind_to_be_named(degrade, picture):
+    assert change_of(degrade, picture, CODED, 1, 0.0) < 0.012
+    assert change_of(degrade, picture, CODED, 1, 0.0) < change_of(degrade, picture, CODED, 1, 1.0) < 0.03
+    assert CODED not in (*VISIBLE_DEGRADATIONS, *INFRARED_DEGRADATIONS)
+
+
+def test_coding_halves_the_resolution_of_colour_and_keeps_that_of_light():
+    stripes = np.full((64, 64, 3), 0.5, np.float32)
+    stripes[:, ::2] = [0.9, 0.3, 0.5]  # one column red, the next grey
+    seen = degrade_visible(stripes, CODED, 1, 0.0)
+    redness = seen[..., 0] - seen[..., 1]
+    assert abs(redness[:, ::2].mean() - redness[:, 1::2].mean()) < 0.05  # 0.6 before
+    lines = np.zeros((64, 64, 3), np.float32)
+    lines[:, ::2] = 1
+    assert np.abs(degrade_visible(lines, CODED, 1, 0.0) - lines).mean() < 0.01
 
 
 def test_none_changes_nothing():
@@ -141,6 +161,42 @@ def test_rain_comes_as_single_drops_and_as_dense_drizzle():
         covered.append(float((change > change.min() + 0.02).mean()))
     assert min(covered) < 0.12
     assert max(covered) > 0.2
+
+
+def test_streaks_of_rain_show_on_bright_ground_or_fade_there():
+    bright = np.full((96, 128, 3), 0.8, np.float32)
+    streaks = []
+    for seed in range(24):
+        changed = degrade_visible(bright, "rain", seed, strength=0.5).mean(-1)
+        streaks.append(float(np.quantile(changed, 0.99) - np.quantile(changed, 0.2)))
+    assert max(streaks) > 0.12
+    assert min(streaks) < 0.05
+
+
+def test_a_darkened_picture_is_noisy_or_was_cleaned_by_its_camera():
+    flat = np.full((96, 128, 3), 0.5, np.float32)
+    noise = [float(degrade_visible(flat, "low_light", seed, strength=0.5).std()) for seed in range(40)]
+    assert sum(sigma < 1e-6 for sigma in noise) in range(3, 17)  # a fifth of them
+    assert max(noise) > 0.02
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0])
+def test_blur_spreads_a_point_evenly_or_along_a_line(strength: float):
+    """Softness and defocus have one spread for one strength, so that one number says how strong they are."""
+    point = np.zeros((65, 65, 3), np.float32)
+    point[32, 32] = 1
+    y, x = np.indices((65, 65)) - 32
+    spreads, peaks = [], []
+    for seed in range(24):
+        kernel = degrade_visible(point, "blur", seed, strength)[..., 0]
+        assert kernel.sum() == pytest.approx(1, abs=1e-3)
+        along = np.linalg.eigvalsh(np.cov(np.stack([x.ravel(), y.ravel()]), aweights=kernel.ravel(), ddof=0))
+        if along[0] > 0.25 * along[1]:  # not a line
+            spreads.append(np.sqrt(along.mean()))
+            peaks.append(round(float(kernel.max()), 4))
+    assert 12 <= len(spreads) <= 22
+    assert spreads == pytest.approx([0.8 + 2 * strength] * len(spreads), rel=0.15)
+    assert len(set(peaks)) == 2  # a Gaussian and a disc
 
 
 def test_unknown_kinds_and_strengths_are_refused():

@@ -184,8 +184,8 @@ def test_the_readout_says_how_likely_each_degradation_is_and_how_strong():
         readout = network.readout(priors.degradation_infrared, priors.degradation_visible)
     shares = torch.cat([priors.infrared_logits.softmax(-1), priors.visible_logits.softmax(-1)], -1)
     torch.testing.assert_close(readout[:, :15], shares)
-    torch.testing.assert_close(readout[:, 15:22], shares[:, :7] * priors.infrared_strength[:, None])
-    torch.testing.assert_close(readout[:, 22:], shares[:, 7:] * priors.visible_strength[:, None])
+    torch.testing.assert_close(readout[:, 15:22], shares[:, :7] * priors.infrared_strengths)
+    torch.testing.assert_close(readout[:, 22:], shares[:, 7:] * priors.visible_strengths)
 
 
 def test_an_untrained_nano_shows_nearly_the_brighter_source():

@@ -36,7 +36,7 @@ from engines.training.losses import (
     structural_similarity,
     teacher_losses,
 )
-from engines.training.stages import IMAGE_LOSSES, Noise, image_losses, weighted
+from engines.training.stages import IMAGE_LOSSES, Noise, image_losses, rating_loss, weighted
 from engines.training.train import Training, main, take_fitting, train, with_minutes
 from engines.training.video import draw_video_batch
 from tests.rigs.training import DRAW, TINY, write_dataset
@@ -204,7 +204,9 @@ def test_a_checkpoint_that_does_not_belong_here_is_refused_in_one_line(config: T
     training = Training(config, pairs_of(config))
     training.save(path)
     with pytest.raises(EngineError, match=r"another configuration \(batch: 2 then, 4 now, draw.crop_px: 32 then, 16"):
-        read_checkpoint(path, changed(config, batch=4, draw={"region_px": 64, "crop_px": 16, "camera_share": 0}))
+        read_checkpoint(
+            path, changed(config, batch=4, draw={"region_px": 64, "crop_px": 16, "camera_share": 0, "coded_share": 0})
+        )
     with pytest.raises(EngineError, match="a checkpoint of 'tiny', not of 'nano'"):
         read_checkpoint(path, changed(config, variant="nano"))
     read_checkpoint(path, changed(config, minutes=99, threads=2, precision="bf16"))  # where and how long may change
@@ -502,13 +504,14 @@ def test_draws_stay_as_they_were_when_a_training_is_resumed_by_a_newer_version()
     assert batch.visible_kind.tolist() == [4, 2, 4, 0, 0, 5, 7, 4]
 
 
-def test_a_camera_touches_its_share_of_the_pictures_and_nothing_else_changes():
+@pytest.mark.parametrize("share", ["camera_share", "coded_share"])
+def test_a_camera_and_its_cable_touch_their_share_of_the_pictures_and_nothing_else_changes(share: str):
     random = np.random.default_rng(0)
     pair = Pair(random.integers(0, 255, (100, 120), np.uint8), random.integers(0, 255, (100, 120, 3), np.uint8))
     draw = dataclasses.replace(DRAW, clean_share=1.0, missing_share=0)
     untouched = draw_batch([pair], 32, draw, 1, 0)
     assert torch.equal(untouched.region_visible, untouched.clean_region_visible)
-    touched = draw_batch([pair], 32, dataclasses.replace(draw, camera_share=0.5), 1, 0)
+    touched = draw_batch([pair], 32, dataclasses.replace(draw, **{share: 0.5}), 1, 0)
     for seen, clean, kind in (
         (touched.region_infrared, touched.clean_region_infrared, touched.infrared_kind),
         (touched.region_visible, touched.clean_region_visible, touched.visible_kind),
@@ -539,6 +542,16 @@ def test_luminance_and_chroma_of_primaries():
     assert luminance(red).item() == pytest.approx(0.299)
     assert chroma(red).flatten().tolist() == pytest.approx([-0.169, 0.5], abs=1e-3)
     assert chroma(torch.full((1, 3, 1, 1), 0.7)).abs().max() < 1e-6
+
+
+def test_strength_is_learned_for_the_true_kind_alone():
+    found = torch.full((3, 4), 0.9, requires_grad=True)
+    kinds = torch.tensor([2, 0, IGNORED])
+    loss = rating_loss(found, torch.tensor([0.3, 0.0, 0.0]), kinds)
+    assert loss.item() == pytest.approx((0.6 + 0.9) / 2)
+    loss.backward()
+    assert found.grad is not None
+    assert found.grad.nonzero().tolist() == [[0, 2], [1, 0]]
 
 
 def test_info_nce_rewards_equal_names_that_lie_together():

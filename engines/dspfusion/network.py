@@ -39,8 +39,8 @@ class PriorTokens(NamedTuple):
     semantic: Tensor  # (B, 16, Cs)
     infrared_logits: Tensor  # (B, 7), in the order of INFRARED_DEGRADATIONS
     visible_logits: Tensor  # (B, 8), in the order of VISIBLE_DEGRADATIONS
-    infrared_strength: Tensor  # (B,), 0 to 1: how strong that degradation is
-    visible_strength: Tensor  # (B,)
+    infrared_strengths: Tensor  # (B, 7), 0 to 1: how strong it is, were it that degradation
+    visible_strengths: Tensor  # (B, 8)
     infrared_embedding: Tensor  # (B, Cd), 128 wide in the published size
     visible_embedding: Tensor  # (B, Cd)
 
@@ -168,8 +168,8 @@ class DSPFusion(nn.Module):
         self.unet = FusionUNet(variant)
         self.name_infrared = nn.Linear(variant.degradation_tokens, len(INFRARED_DEGRADATIONS))
         self.name_visible = nn.Linear(variant.degradation_tokens, len(VISIBLE_DEGRADATIONS))
-        self.rate_infrared = nn.Linear(variant.degradation_tokens, 1)
-        self.rate_visible = nn.Linear(variant.degradation_tokens, 1)
+        self.rate_infrared = nn.Linear(variant.degradation_tokens, len(INFRARED_DEGRADATIONS))
+        self.rate_visible = nn.Linear(variant.degradation_tokens, len(VISIBLE_DEGRADATIONS))
 
     def encode_semantics(self, infrared: Tensor, visible: Tensor) -> Tensor:
         """Semantic tokens (B, 16, Cs) of a pair as it is (not restored)."""
@@ -207,20 +207,19 @@ class DSPFusion(nn.Module):
         return (
             self.name_infrared(infrared),
             self.name_visible(visible),
-            torch.sigmoid(self.rate_infrared(infrared)[:, 0]),
-            torch.sigmoid(self.rate_visible(visible)[:, 0]),
+            torch.sigmoid(self.rate_infrared(infrared)),
+            torch.sigmoid(self.rate_visible(visible)),
             infrared,
             visible,
         )
 
     def readout(self, infrared: Tensor, visible: Tensor) -> Tensor:
         """How likely each degradation is, and that times its strength: (B, 30) in [0, 1], from both (B, 16, Cd)."""
-        infrared_logits, visible_logits, infrared_strength, visible_strength, *_ = self._name(
+        infrared_logits, visible_logits, infrared_strengths, visible_strengths, *_ = self._name(
             infrared.mean(1), visible.mean(1)
         )
-        infrared_shares, visible_shares = infrared_logits.softmax(-1), visible_logits.softmax(-1)
-        strengths = infrared_strength[:, None] * infrared_shares, visible_strength[:, None] * visible_shares
-        return torch.cat([infrared_shares, visible_shares, *strengths], -1)
+        shares = torch.cat([infrared_logits.softmax(-1), visible_logits.softmax(-1)], -1)
+        return torch.cat([shares, shares * torch.cat([infrared_strengths, visible_strengths], -1)], -1)
 
     def forward(
         self,

@@ -23,7 +23,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, EngineError
-from engines.degrade import CAMERA, degrade_infrared, degrade_visible
+from engines.degrade import CAMERA, CODED, degrade_infrared, degrade_visible
 
 LARGE_PX = 700
 DARK = 0.25  # mean luminance under which a picture counts as taken at night
@@ -54,7 +54,8 @@ class Draw:
     missing_share: Share = 0.05  # of the items: one modality is black
     shift_px: Annotated[int, Field(ge=0)] = 2  # the infrared region is moved by up to this much
     gamma_range: Share = 0.25  # the clean infrared picture's curve is bent by up to this share, as gains differ
-    camera_share: Share = 0.25  # of each modality: also a camera's own noise and compression; more of it softens
+    camera_share: Share = 0.25  # of each modality: also a camera's own sharpening and noise; more of it softens
+    coded_share: Share = 0.4  # of each modality: also sent as JPEG, after all that
     second_share: Share = 0.2  # of the degraded pictures of a modality: a second, weak degradation follows the first
     still_share: Share = 0.5  # stage IV, of the items: a still pair, moved by a few pixels, instead of two video frames
 
@@ -263,8 +264,9 @@ def _steps(
     if kind > 0 and random.random() < draw.second_share:
         second = kinds[int(random.integers(1, len(kinds)))]
         steps.append((second, int(random.integers(1 << 31)), SECOND_STRENGTH * float(random.random())))
-    if draw.camera_share > 0 and random.random() < draw.camera_share:
-        steps.append((CAMERA, int(random.integers(1 << 31)), float(random.random())))
+    for last, share in ((CAMERA, draw.camera_share), (CODED, draw.coded_share)):
+        if share > 0 and random.random() < share:
+            steps.append((last, int(random.integers(1 << 31)), float(random.random())))
     return steps
 
 

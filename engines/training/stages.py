@@ -208,8 +208,8 @@ def _degradation_losses(priors: PriorTokens, batch: Batch) -> dict[str, Tensor]:
         "contrast": info_nce(embeddings, torch.cat([batch.infrared_kind, visible])),
         "naming": _naming(priors.infrared_logits, batch.infrared_kind)
         + _naming(priors.visible_logits, batch.visible_kind),
-        "rating": _rating(priors.infrared_strength, batch.infrared_strength, batch.infrared_kind)
-        + _rating(priors.visible_strength, batch.visible_strength, batch.visible_kind),
+        "rating": rating_loss(priors.infrared_strengths, batch.infrared_strength, batch.infrared_kind)
+        + rating_loss(priors.visible_strengths, batch.visible_strength, batch.visible_kind),
     }
 
 
@@ -218,10 +218,11 @@ def _naming(logits: Tensor, kind: Tensor) -> Tensor:
     return F.cross_entropy(logits, kind, reduction="sum") / (kind >= 0).sum().clamp(min=1)
 
 
-def _rating(found: Tensor, true: Tensor, kind: Tensor) -> Tensor:
-    """L1 of the strengths where the modality is there."""
+def rating_loss(found: Tensor, true: Tensor, kind: Tensor) -> Tensor:
+    """L1 of the strength (B,) of the true kind among those found (B, K), where the modality is there."""
     there = (kind >= 0).to(found)
-    return ((found - true).abs() * there).sum() / there.sum().clamp(min=1)
+    of_kind = found.gather(1, kind.clamp(min=0)[:, None])[:, 0]
+    return ((of_kind - true).abs() * there).sum() / there.sum().clamp(min=1)
 
 
 def warm_up(
