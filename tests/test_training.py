@@ -25,7 +25,7 @@ from engines.training import journal as journal_module
 from engines.training import train as train_module
 from engines.training.checkpoint import read_checkpoint, write_whole
 from engines.training.config import TrainConfig, checked, read_config
-from engines.training.data import IGNORED, Batch, Pair, draw_batch, hold_back, read_pairs
+from engines.training.data import IGNORED, Batch, Pair, balanced, draw_batch, hold_back, read_pairs
 from engines.training.journal import Journal
 from engines.training.losses import (
     LossWeights,
@@ -431,6 +431,14 @@ def test_pairs_are_held_back_evenly_and_never_drawn():
     assert hold_back(pairs, 0) == (pairs, [])
     with pytest.raises(EngineError, match="nothing is left to learn from"):
         hold_back(pairs, 10)
+
+
+@pytest.mark.parametrize(("balance", "listed"), [(0, (90, 10)), (0.5, (90, 30)), (1, (90, 90))])
+def test_pairs_of_a_small_subset_are_drawn_more_often(balance: float, listed: tuple[int, int]):
+    grey, colour = np.zeros((2, 2), np.uint8), np.zeros((2, 2, 3), np.uint8)
+    pairs = [Pair(grey, colour, "large")] * 90 + [Pair(grey, colour, "small")] * 10
+    drawn = [pair.subset for pair in balanced(pairs, balance)]
+    assert (drawn.count("large"), drawn.count("small")) == listed
 
 
 def test_the_journal_tells_losses_validation_priors_and_pictures(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):

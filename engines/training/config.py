@@ -46,6 +46,7 @@ class TrainConfig(BaseModel):
     data: str  # folder with index.csv and tar parts
     fields: str | None = None  # npz of residual displacements of the infrared pictures
     subsets: tuple[str, ...] = Field(("msrs", "roadscene", "llvip", "tno", "m3fd", "fmb"), min_length=1)
+    balance: Share = Field(0.5, le=1)  # 0 draws all pairs alike, 1 all subsets alike
     videos: str | None = None  # folder of registered clips *_ir.mkv and *_vi.mkv, for stage IV
     output: str  # folder of the checkpoint, the exported weights, the journal and the pictures
     minutes: float = Field(30.0, gt=0)  # of all stages together, when no iterations are given

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import tarfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -40,6 +40,7 @@ Tensors = TypeVar("Tensors", bound=Tensor | tuple[Any, ...])
 class Pair(NamedTuple):
     infrared: NDArray[np.uint8]  # (H, W)
     visible: NDArray[np.uint8]  # RGB (H, W, 3)
+    subset: str = ""  # the recordings that it belongs to
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _read_pair(tar: tarfile.TarFile, row: dict[str, str], field: np.ndarray | No
         size = (max(least_px, round(width * scale)), max(least_px, round(height * scale)))
         how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
         infrared, visible = cv2.resize(infrared, size, interpolation=how), cv2.resize(visible, size, interpolation=how)
-    return Pair(np.asarray(infrared, np.uint8), np.asarray(visible, np.uint8))
+    return Pair(np.asarray(infrared, np.uint8), np.asarray(visible, np.uint8), row["subset"])
 
 
 def _decoded(tar: tarfile.TarFile, name: str, how: int) -> NDArray[np.uint8]:
@@ -166,6 +167,17 @@ def hold_back(pairs: list[Pair], number: int) -> tuple[list[Pair], list[Pair]]:
         raise EngineError(f"{number} of {len(pairs)} pairs cannot be held back: nothing is left to learn from")
     held = {(2 * index + 1) * len(pairs) // (2 * number) for index in range(number)}
     return [pair for i, pair in enumerate(pairs) if i not in held], [pairs[i] for i in sorted(held)]
+
+
+def balanced(pairs: list[Pair], balance: float) -> list[Pair]:
+    """The pairs, those of small subsets listed several times, so that uniform draws do not see one camera alone.
+
+    Args:
+        balance: 0 lists every pair once, 1 all subsets about equally often, between them: by that power of their sizes.
+    """
+    sizes = Counter(pair.subset for pair in pairs)
+    most = max(sizes.values())
+    return [pair for pair in pairs for _ in range(round((most / sizes[pair.subset]) ** balance))]
 
 
 def draw_batch(pairs: list[Pair], size: int, draw: Draw, seed: int, iteration: int) -> Batch:

@@ -29,7 +29,17 @@ from engines.dspfusion.loading import build
 from engines.dspfusion.network import DSPFusion
 from engines.training.checkpoint import read_checkpoint, write_checkpoint, write_whole
 from engines.training.config import STAGES, TrainConfig, checked, read_config, require_files
-from engines.training.data import Batch, Pair, draw_batch, drawn_ahead, hold_back, moved, numbers_of, reading_pairs
+from engines.training.data import (
+    Batch,
+    Pair,
+    balanced,
+    draw_batch,
+    drawn_ahead,
+    hold_back,
+    moved,
+    numbers_of,
+    reading_pairs,
+)
 from engines.training.distributed import ALONE, Processes, processes
 from engines.training.journal import Journal
 from engines.training.stages import (
@@ -74,7 +84,8 @@ class Training:
     ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.team = config, team
-        self.pairs, held = hold_back(pairs, config.held_back)
+        kept, held = hold_back(pairs, config.held_back)
+        self.pairs = balanced(kept, config.balance)
         self.clips = clips or []
         self.journal = Journal(None) if journal is None else journal
         self.half = config.precision == "bf16"
