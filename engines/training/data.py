@@ -24,10 +24,13 @@ from torch import Tensor
 
 from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, EngineError
 from engines.degrade import CAMERA, CODED, degrade_infrared, degrade_visible
+from engines.dspfusion.head import BLUE, GREEN, RED
 
 LARGE_PX = 700
 DARK = 0.25  # mean luminance under which a picture counts as taken at night
 SECOND_STRENGTH = 0.3  # at most
+MOST_SATURATION = 2.2
+MOST_TINT = 0.12  # gains of the colours differ from 1 by up to this share
 IGNORED = -100  # label of a missing modality: its kind is not to be named
 
 
@@ -55,6 +58,7 @@ class Draw:
     missing_share: Share = 0.05  # of the items: one modality is black
     shift_px: Annotated[int, Field(ge=0)] = 2  # the infrared region is moved by up to this much
     gamma_range: Share = 0.25  # the clean infrared picture's curve is bent by up to this share, as gains differ
+    colour_share: Share = 0.5  # the colours of so many clean visible pictures are made paler, stronger or warmer
     camera_share: Share = 0.25  # of each modality: also a camera's own sharpening and noise; more of it softens
     coded_share: Share = 0.4  # of each modality: also sent as JPEG, after all that
     second_share: Share = 0.2  # of the degraded pictures of a modality: a second, weak degradation follows the first
@@ -293,6 +297,7 @@ class Framing:
     size: int
     mirrored: bool
     bend: np.float32
+    recolour: Picture | None  # (3, 3), applied to RGB: the network must keep whatever colours a camera has
 
     @classmethod
     def drawn(cls, shape: tuple[int, ...], draw: Draw, random: np.random.Generator) -> Framing:
@@ -303,7 +308,9 @@ class Framing:
         down = int(np.clip(top + random.integers(-shift, shift + 1), 0, height - size))
         right = int(np.clip(left + random.integers(-shift, shift + 1), 0, width - size))
         mirrored = random.random() < 0.5
-        return cls(top, left, down, right, size, mirrored, np.float32(1 + draw.gamma_range * random.uniform(-1, 1)))
+        bend = np.float32(1 + draw.gamma_range * random.uniform(-1, 1))
+        recoloured = draw.colour_share > 0 and random.random() < draw.colour_share
+        return cls(top, left, down, right, size, mirrored, bend, _recolouring(random) if recoloured else None)
 
     def cut(self, pair: Pair) -> tuple[Picture, Picture]:
         """The region of both pictures, in [0, 1]."""
@@ -313,7 +320,18 @@ class Framing:
         visible = pair.visible[rows, columns]
         if self.mirrored:
             infrared, visible = infrared[:, ::-1], visible[:, ::-1]
-        return (infrared * np.float32(1 / 255)) ** self.bend, visible * np.float32(1 / 255)
+        colours: Picture = visible * np.float32(1 / 255)
+        if self.recolour is not None:
+            colours = np.clip(colours @ self.recolour.T, 0, 1).astype(np.float32)
+        return (infrared * np.float32(1 / 255)) ** self.bend, colours
+
+
+def _recolouring(random: np.random.Generator) -> Picture:
+    """Another white balance, then colours from none to strong: (3, 3), for RGB."""
+    saturation = random.uniform(0, MOST_SATURATION)
+    gains = 1 + MOST_TINT * random.uniform(-1, 1, 3)
+    grey = np.tile([RED, GREEN, BLUE], (3, 1))
+    return np.asarray((saturation * np.eye(3) + (1 - saturation) * grey) * gains, np.float32)
 
 
 def drawn_ahead(draw: Callable[[int], Drawn], numbers: Iterable[int], threads: int = 1) -> Generator[Drawn]:

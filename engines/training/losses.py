@@ -32,7 +32,7 @@ class LossWeights:
     contrast: Weight = 0.1  # InfoNCE on the degradation embeddings
     naming: Weight = 0.5  # cross entropy of the degradation names
     rating: Weight = 0.5  # L1 of their strengths
-    tokens: Weight = 10.0  # stage II: L1 between restored and clean semantic tokens
+    tokens: Weight = 10.0  # stages II and III: L1 between restored and clean semantic tokens
     few_steps: Weight = 0.0  # stage II: L1 between the tokens after one or two steps and after all ten
     flicker: Weight = 20.0  # stage IV: change from frame to frame where nothing changes
     warped: Weight = 10.0  # stage IV: change along the motion
@@ -115,8 +115,10 @@ def fusion_losses(fused: Tensor, infrared: Tensor, visible: Tensor) -> dict[str,
 
     Args:
         fused: (B, 3, H, W).
-        infrared, visible: the clean sources, (B, 1, H, W) and (B, 3, H, W).
+        infrared, visible: the clean sources, (B, 1, H, W) and (B, 3, H, W). One that is black all over is missing: the
+            other is asked for in its place, for likeness to black would be asking for darkness.
     """
+    infrared, visible = _stand_in(infrared, luminance(visible)), _stand_in(visible, infrared)
     fused_light, visible_light = luminance(fused), luminance(visible)
     gradients = sobel(torch.cat([fused_light, infrared, visible_light])).chunk(3)
     # The signed gradient of the stronger source: its magnitude alone would allow inverted edges, that is halos.
@@ -131,6 +133,11 @@ def fusion_losses(fused: Tensor, infrared: Tensor, visible: Tensor) -> dict[str,
         "colour": F.l1_loss(chroma(fused), chroma(visible)),
         "gradient": F.l1_loss(gradients[0], stronger),
     }
+
+
+def _stand_in(source: Tensor, other: Tensor) -> Tensor:
+    """The source, or the other one in those items of the batch where it is black all over."""
+    return torch.where(source.amax((1, 2, 3), keepdim=True) > 0, source, other)
 
 
 def info_nce(embeddings: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:

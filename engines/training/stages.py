@@ -2,10 +2,11 @@
 
 Stage I trains everything but the diffusion: semantic tokens come from the clean pair, degradation tokens from the
 degraded one. Stage II trains the denoiser alone: the tokens that it restores from the degraded pair take the place of
-the clean ones. Stage III is ours, not the paper's: the whole network learns together from the degraded pair. The U-Net
-gets to know the tokens that it will be given, because clean ones tell it more (how bright a darkened scene was) than
-any denoiser can restore, and those who make the tokens learn what the U-Net needs to be told. Stage IV, ours too, shows
-the U-Net two neighbouring video frames with the priors of the first, as a running camera will.
+the clean ones. Stage III is ours, not the paper's: the network learns together from the degraded pair. The U-Net gets
+to know the tokens that it will be given, because clean ones tell it more (how bright a darkened scene was) than any
+denoiser can restore, and those who make the tokens learn what the U-Net needs to be told. The semantic encoder rests:
+what it finds in the clean pair stays what the denoiser aims at, or the tokens would end as anything but restored. Stage
+IV, ours too, shows the U-Net two neighbouring video frames with the priors of the first, as a running camera will.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ TAUGHT_STAGES = (1, 3)
 
 
 def learns(parameter: str, stage: int) -> bool:
-    """Whether a parameter of this name is trained in a stage: all but the diffusion, it alone, all, the U-Net alone."""
+    """Whether a parameter of this name is trained in a stage."""
     if stage == 3:
-        return True
+        return not parameter.startswith("semantic_encoder.")
     if stage == 1:
         return not parameter.startswith("diffusion.")
     return parameter.startswith("diffusion." if stage == 2 else "unet.")
@@ -145,7 +146,7 @@ def image_losses(
     with autocast(batch.infrared.device, half):
         priors = clean_priors(network, batch) if stage == 1 else degraded_priors(network, batch, noise)
         fused = fuse(network, batch.infrared, batch.visible, priors)
-        clean = clean_tokens(network, batch).float() if stage == 2 else None
+        clean = clean_tokens(network, batch).float() if stage > 1 else None
         shortcut = _shortcut(network, batch, noise) if stage == 2 and few_steps else None
     priors = in_float32(priors)
     losses = fusion_losses(fused, batch.clean_infrared, batch.clean_visible)
