@@ -168,8 +168,10 @@ def _compression(picture: Picture, strength: float, random: np.random.Generator)
 
 def _jpeg(picture: Picture, quality: int) -> Picture:
     pixels = np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
-    coded = cv2.imencode(".jpg", pixels, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    return np.asarray(cv2.imdecode(coded, cv2.IMREAD_UNCHANGED), np.float32) / np.float32(255)
+    in_order = pixels[..., ::-1] if picture.ndim == 3 else pixels  # OpenCV takes and gives blue first
+    coded = cv2.imencode(".jpg", np.ascontiguousarray(in_order), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    decoded = cv2.imdecode(coded, cv2.IMREAD_UNCHANGED)
+    return np.asarray(decoded[..., ::-1] if picture.ndim == 3 else decoded, np.float32) / np.float32(255)
 
 
 def _dead_pixels(picture: Picture, strength: float, random: np.random.Generator) -> Picture:

@@ -89,6 +89,8 @@ def test_coding_halves_the_resolution_of_colour_and_keeps_that_of_light():
     stripes = np.full((64, 64, 3), 0.5, np.float32)
     stripes[:, ::2] = [0.9, 0.3, 0.5]  # one column red, the next grey
     seen = degrade_visible(stripes, CODED, 1, 0.0)
+    light = np.array([0.299, 0.587, 0.114], np.float32)
+    assert np.abs(seen @ light - stripes @ light).mean() < 0.005
     redness = seen[..., 0] - seen[..., 1]
     assert abs(redness[:, ::2].mean() - redness[:, 1::2].mean()) < 0.05  # 0.6 before
     lines = np.zeros((64, 64, 3), np.float32)

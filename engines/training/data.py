@@ -278,8 +278,9 @@ def _steps(
     """The degradation; what a camera delivers in bad weather is seldom spoiled in one way alone."""
     steps = [(kinds[kind], int(random.integers(1 << 31)), strength)]
     if kind > 0 and random.random() < draw.second_share:
-        second = kinds[int(random.integers(1, len(kinds)))]
-        steps.append((second, int(random.integers(1 << 31)), SECOND_STRENGTH * float(random.random())))
+        second = int(random.integers(1, len(kinds) - 1))
+        second += second >= kind  # the same kind twice would be stronger than its label says
+        steps.append((kinds[second], int(random.integers(1 << 31)), SECOND_STRENGTH * float(random.random())))
     for last, share in ((CAMERA, draw.camera_share), (CODED, draw.coded_share)):
         if share > 0 and random.random() < share:
             steps.append((last, int(random.integers(1 << 31)), float(random.random())))
