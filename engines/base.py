@@ -29,10 +29,9 @@ class Priors:
     semantic: np.ndarray  # float32 (16, semantic width), restored by the diffusion
     infrared_probabilities: np.ndarray  # float32 (len(INFRARED_DEGRADATIONS),), sums to 1
     visible_probabilities: np.ndarray  # float32 (len(VISIBLE_DEGRADATIONS),), sums to 1
-    infrared_strength: (
-        np.floating | np.ndarray
-    )  # float32 (), 0 (just visible, or none) to 1 (the strongest that was trained)
-    visible_strength: np.floating | np.ndarray  # float32 ()
+    # How strong the likeliest degradation is, float32 (): 0 (just visible, or none) to 1 (the strongest of the training)
+    infrared_strength: np.floating | np.ndarray
+    visible_strength: np.floating | np.ndarray
 
     def blend(self, newer: Priors, share: float) -> Priors:
         """Moves from these priors towards `newer`: share 0 keeps these, 1 takes the newer ones."""

@@ -47,6 +47,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Graph = Callable[..., Any]
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FRAMES_FIRST = -1  # stream priority of the frames: CUDA runs lower numbers first, and gives 0 to all others
 SIZES_KEPT = 4  # compiled sizes; the least recently added goes
 SLOTS = 2  # frames in flight
 WARM_UP_RUNS = 3  # before a graph is captured: libraries choose their kernels and allocate in the first runs
@@ -155,7 +156,7 @@ class FramePath:
         self._order = threading.Lock()
         self._cuda = device.type == "cuda"
         self._upload, self._compute, self._download = (
-            torch.cuda.Stream(device) if self._cuda else None for _ in range(3)
+            torch.cuda.Stream(device, priority=FRAMES_FIRST) if self._cuda else None for _ in range(3)
         )
         self._replay = self._prepare(capture)
 
@@ -438,7 +439,7 @@ class GPUEngine(ABC):
 
     def _prior_path(self, graph: Graph) -> Callable[[Image, Image], list[NDArray[np.float32]]]:
         """Priors take their time: plain copies, on a stream that yields to the frames'."""
-        stream = torch.cuda.Stream(self.device, priority=0) if self.device.type == "cuda" else None
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
         def run(infrared: Image, visible: Image) -> list[NDArray[np.float32]]:
             with torch.inference_mode(), nullcontext() if stream is None else torch.cuda.stream(stream):

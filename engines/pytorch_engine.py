@@ -68,9 +68,14 @@ class PriorGraph(nn.Module):
             priors.semantic[0],
             of_infrared,
             of_visible,
-            (of_infrared * priors.infrared_strengths[0]).sum(),
-            (of_visible * priors.visible_strengths[0]).sum(),
+            _of_likeliest(of_infrared, priors.infrared_strengths[0]),
+            _of_likeliest(of_visible, priors.visible_strengths[0]),
         )
+
+
+def _of_likeliest(probabilities: Tensor, strengths: Tensor) -> Tensor:
+    """The strength () of the degradation that is named, of those of every kind (K,)."""
+    return strengths.gather(0, probabilities.argmax(0, keepdim=True))[0]
 
 
 class PyTorchEngine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import cv2
@@ -25,7 +26,7 @@ from engines.dspfusion.variants import VARIANTS, default_weights
 from engines.evaluation.degradations import degrade
 from engines.evaluation.evaluate import public_pairs
 from engines.evaluation.metrics import intensity_error
-from engines.pytorch_engine import FrameGraph
+from engines.pytorch_engine import FrameGraph, PriorGraph
 from engines.training.losses import luminance
 from tests.rigs.training import TINY
 
@@ -186,6 +187,17 @@ def test_the_readout_says_how_likely_each_degradation_is_and_how_strong():
     torch.testing.assert_close(readout[:, :15], shares)
     torch.testing.assert_close(readout[:, 15:22], shares[:, :7] * priors.infrared_strengths)
     torch.testing.assert_close(readout[:, 22:], shares[:, 7:] * priors.visible_strengths)
+
+
+def test_the_strength_that_is_told_is_that_of_the_likeliest_degradation():
+    network = DSPFusion(TINY)
+    network.name_visible.bias.data[3] = 20  # blur, whatever is seen
+    network.rate_visible.weight.data.zero_()
+    network.rate_visible.bias.data[:] = torch.tensor([0.0, 1, 2, 1.5, -1, -2, 3, 4])
+    with torch.no_grad():
+        *_, visible_strength = PriorGraph(network, 1).of_units(*pair(128, 128))
+    assert visible_strength.shape == ()
+    assert visible_strength.item() == pytest.approx(1 / (1 + math.exp(-1.5)))
 
 
 def test_an_untrained_nano_shows_nearly_the_brighter_source():
