@@ -29,7 +29,7 @@ class Priors:
     semantic: np.ndarray  # float32 (16, semantic width), restored by the diffusion
     infrared_probabilities: np.ndarray  # float32 (len(INFRARED_DEGRADATIONS),), sums to 1
     visible_probabilities: np.ndarray  # float32 (len(VISIBLE_DEGRADATIONS),), sums to 1
-    # How strong the likeliest degradation is, float32 (): 0 (just visible, or none) to 1 (the strongest of the training)
+    # How strong the likeliest degradation is, float32 (): 0 (just visible, or none) to 1 (the strongest in training)
     infrared_strength: np.floating | np.ndarray
     visible_strength: np.floating | np.ndarray
 
