@@ -3,7 +3,8 @@
 Both cameras' motion is followed in one thread of its own, on every second or third frame; none is kept. Every few
 seconds the two paths of the last minutes are compared (calibration.time_offset). The result is always reported, and
 taken off the infrared capture times only when two estimates in a row are certain and agree, and then by a millisecond a
-second, so that pairing does not jump. A rig that stands still gets no estimate, and nothing is changed.
+second, so that pairing does not jump. A rig that stands still gets no estimate, and nothing is changed: a drift is
+carried on for a few minutes after the last motion, and what was reached then is held.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ EVERY_S = 5.0  # from estimate to estimate, and...
 EVERY_S_WHEN_SURE = 20.0
 WATCH_S, REST_S = 20.0, 40.0  # when it is sure, motion is followed a third of the time
 LEAST_INTERVAL_NS = 75_000_000  # between two frames of one camera: 12 a second find the offset nearly as well as 25
+CARRY_ON_S = 240.0  # past the moment where the offset is known best; a drift may be chance, and hours would add it up
 REACH_S = 0.5  # farther apart no two live clocks are believed to be...
 REACH_S_WHEN_SURE = 0.1  # ...or to have moved since
 SURE_CONFIDENCE = 0.5
@@ -157,7 +159,8 @@ class OffsetTracker:
         assert newest_s is not None
         self._next_s = newest_s + (EVERY_S_WHEN_SURE if self.sure else EVERY_S)
         base_s = newest_s - WINDOW_S
-        reach_s, about_ms = REACH_S, self.applied_ms
+        # Around what is applied and around what is configured: either may be right after a clock was set.
+        reach_s, about_ms = REACH_S + abs(self.applied_ms) / 2e3, self.applied_ms / 2
         if self.sure:
             reach_s, about_ms = REACH_S_WHEN_SURE, self.target_ms(newest_s)
         infrared, visible = (self.logs[camera].signal(base_s) for camera in ("infrared", "visible"))
@@ -230,7 +233,7 @@ def _at(offset: TimeOffset, visible_s: float) -> float:
     """The offset at a moment; a drift that may as well be none is taken for none."""
     if abs(offset.drift_ppm) < 2 * offset.drift_sigma_ppm:
         return offset.middle_offset_ms
-    return offset.at(visible_s)
+    return offset.at(min(visible_s, offset.middle_s + CARRY_ON_S))
 
 
 class ClockWatch:
@@ -246,6 +249,7 @@ class ClockWatch:
         self._waiting: Latest[Frame] = Latest(WAITING_FRAMES)
         self._offered_ns: dict[Camera, int] = {}  # capture times
         self._logged_sure = False
+        self._failed = False  # for good; what is applied by then stays
         self._thread = threading.Thread(target=self._run, name="clock-watch", daemon=True)
 
     def start(self) -> None:
@@ -261,16 +265,19 @@ class ClockWatch:
 
     def slew(self, now_ns: int) -> float:
         """By how many milliseconds to change what is taken off the infrared capture times, now."""
-        return self._tracker.slew(now_ns / 1e9)
+        return 0.0 if self._failed else self._tracker.slew(now_ns / 1e9)
 
     def report(self) -> dict[str, Any]:
-        return self._tracker.report()
+        """As of the tracker; the state is "ended" where its thread has failed."""
+        return self._tracker.report() | ({"state": "ended"} if self._failed else {})
 
     @property
     def drift_ppm(self) -> dict[str, float]:
         """How much faster the infrared clock runs, where that is certain."""
         found = self._tracker.latest
-        return {} if found is None or not self._tracker.sure else {"infrared": round(found.drift_ppm, 2)}
+        return (
+            {} if found is None or self._failed or not self._tracker.sure else {"infrared": round(found.drift_ppm, 2)}
+        )
 
     def close(self) -> None:
         self._waiting.close()
@@ -285,6 +292,7 @@ class ClockWatch:
         except HandoverClosed:
             return
         except Exception:  # fusion goes on without it, and the report shows that the estimates have ended
+            self._failed = True
             log.exception("the clock offset is no longer watched")
 
     def _look_at(self, frame: Frame) -> None:

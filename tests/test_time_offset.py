@@ -16,8 +16,9 @@ from calibration.rig import CalibrationError, CameraModel, Rig
 from calibration.rig_file import load_quality, load_rig, save_rig, save_timing
 from calibration.time_offset import MotionSignal, NoSharedMotion, TimeOffset, estimate_offset
 from pipeline.cli import app
-from pipeline.clock import SLEW_MS_PER_S, OffsetTracker
+from pipeline.clock import SLEW_MS_PER_S, ClockWatch, MotionLog, OffsetTracker
 from pipeline.config import RegistrationConfig, SyncConfig
+from pipeline.frame import Frame
 from pipeline.gain import InfraredGain
 from pipeline.live import with_rig_offset
 from pipeline.register import Register
@@ -325,3 +326,41 @@ def test_drift_and_a_clock_that_is_set_are_followed(drift_ppm):
     assert max(errors[3:15]) <= 3.0
     assert max(errors[20:]) <= 3.0
     assert tracker.report()["drift_ppm"] == pytest.approx(drift_ppm, abs=20)
+
+
+def test_a_night_in_the_car_park_does_not_carry_a_drift_on():
+    """Ten minutes on the road at 50 ppm, then eight hours without motion, which would make 1.4 s of it."""
+    tracker = OffsetTracker()
+    clocks = SimulatedClocks(tracker)
+    for number in range(10):
+        clocks.run(hand_held(number), 60.0 * number, 60.0, offset_ms=5.0, drift_ppm=50.0)
+    on_the_road_ms = tracker.applied_ms
+    assert on_the_road_ms == pytest.approx(5 + 30, abs=2)
+    for now_s in range(600, 600 + 8 * 3600, 5):
+        tracker.slew(float(now_s))
+    assert tracker.applied_ms == pytest.approx(on_the_road_ms, abs=13)  # what four minutes make of 50 ppm, and 1 ms
+
+
+def test_an_offset_is_found_again_near_the_configured_one_after_a_clock_was_set():
+    """Cameras 0.4 s apart, of which the infrared one is then set to 0.15 s on the other side."""
+    tracker = OffsetTracker()
+    clocks = SimulatedClocks(tracker)
+    clocks.run(hand_held(1), 0.0, 60.0, offset_ms=400.0, drift_ppm=0.0)
+    assert tracker.applied_ms == pytest.approx(400, abs=2)
+    clocks.run(hand_held(2), 60.0, 60.0, offset_ms=-150.0, drift_ppm=0.0)
+    assert tracker.applied_ms == pytest.approx(-150, abs=2)
+
+
+def test_a_watch_that_has_failed_says_so_and_changes_nothing_any_more(monkeypatch, caplog):
+    watch = ClockWatch()
+    SimulatedClocks(watch._tracker).run(hand_held(1), 0.0, 60.0, offset_ms=18.0, drift_ppm=0.0)
+    assert watch.report()["state"] == "sure"
+    monkeypatch.setattr(MotionLog, "add", lambda *_: 1 / 0)
+    watch.start()
+    watch.offer(Frame("visible", np.zeros((48, 64, 3), np.uint8), 60 * 10**9, 0))
+    watch._thread.join(10)
+    assert watch.report()["state"] == "ended"
+    assert watch.report()["applied_ms"] == pytest.approx(18, abs=2)
+    assert watch.slew(61 * 10**9) == 0
+    assert watch.drift_ppm == {}
+    assert caplog.text.count("the clock offset is no longer watched") == 1
