@@ -9,13 +9,17 @@ import av
 import cv2
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, Priors
+from engines.dspfusion.loading import load
 from engines.evaluation import cases, evaluate, metrics, parts, people, readout
+from engines.evaluation.degradations import degrade
 from engines.evaluation.sheets import Sheets
 from engines.evaluation.tables import Table, as_markdown, as_text
 from engines.evaluation.video import StaticScene
+from engines.pytorch_engine import PyTorchEngine
 from pipeline.cli import app
 from tests.rigs.engines import MaximumEngine
 
@@ -135,7 +139,7 @@ def test_sharing_terms_between_pictures_changes_no_score(pictures):
     sources = metrics.Sources(infrared, visible)
     sources.score(visible)
     again = sources.score(fused)
-    assert again == metrics.evaluate_pair(fused, infrared, visible)
+    assert again == metrics.Sources(infrared, visible).score(fused)
     assert again["VIF"] == metrics.visual_information_fidelity(fused, infrared, visible)
     assert again["Qabf"] == metrics.edge_preservation(fused, infrared, visible)
     assert again["SSIM"] == metrics.structural_similarity(fused, infrared, visible)
@@ -175,6 +179,14 @@ def data_folder(root: Path, pictures: tuple[np.ndarray, np.ndarray, np.ndarray])
     return root
 
 
+def save_public_pair(root: Path, infrared: np.ndarray, visible: np.ndarray) -> None:
+    """The first of the public pairs, with grey colours."""
+    data_set, name = cases.PUBLIC_PAIRS[0].split("/")
+    for folder, picture in (("ir", infrared), ("vi", visible)):
+        (root / data_set / folder).mkdir(parents=True)
+        cv2.imwrite(str(root / data_set / folder / f"{name}.png"), picture)
+
+
 def test_rows_come_in_the_order_of_the_cases_and_condition_means_count_alike(pictures):
     _, infrared, visible = pictures
     pairs = [cases.Pair(name, infrared, grey_to_colour(visible)) for name in ("a", "b")]
@@ -185,23 +197,6 @@ def test_rows_come_in_the_order_of_the_cases_and_condition_means_count_alike(pic
     found = evaluate.summary([*rows, rows[1]])  # one condition has a row more than the others
     both = [found["mean_by_degradation"][kind]["VIF"] for kind in ("vis_blur", "ir_stripe")]
     assert found["mean_degraded"]["VIF"] == pytest.approx(np.mean(both))
-
-
-def test_a_trained_scene_is_told_from_the_others(tmp_path: Path, pictures):
-    _, infrared, visible = pictures
-    lines = ["set,scene,modality,kind,file"]
-    for modality, kind, picture in (("ir", "Clean", infrared), ("vi", "Clean", visible), ("ir", "SN", 255 - infrared)):
-        cv2.imwrite(str(tmp_path / f"{modality}_{kind}.png"), picture)
-        lines.append(f"dspfusion_val,00001D,{modality},{kind},{modality}_{kind}.png")
-    (tmp_path / "degraded").mkdir()
-    for path in tmp_path.glob("*.png"):
-        path.rename(tmp_path / "degraded" / path.name)
-    (tmp_path / "degraded" / "index.csv").write_text("\n".join(lines))
-    found = list(cases.real_cases(tmp_path))
-    assert [case.condition for case in found] == ["clean", "ir_SN"]
-    assert np.array_equal(found[1].infrared, 255 - infrared)
-    assert np.array_equal(found[1].pair.infrared, infrared)
-    assert "00001D" in cases.TRAINED_ON
 
 
 def test_pictures_of_unfit_size_depth_or_name_are_named(tmp_path: Path):
@@ -273,6 +268,36 @@ def test_warped_error_forgives_motion_and_not_lag():
     assert scene.warped_error([moving[0]] * 4) > 4 * scene.warped_error(moving)
 
 
+def moving_right(px_a_frame: int) -> list[np.ndarray]:
+    """Three grey frames of a textured wall that goes by."""
+    wall = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 256, (100, 200)).astype(np.uint8), (0, 0), 3)
+    wall = cv2.normalize(wall, None, 0, 255, cv2.NORM_MINMAX)
+    starts = [40 - px_a_frame * index for index in range(3)]
+    return [np.ascontiguousarray(wall[:, start : start + 150]) for start in starts]
+
+
+def test_warped_error_of_a_ramp_that_stands_still_is_what_the_scene_moves():
+    moving = moving_right(3)
+    scene = StaticScene([np.zeros_like(moving[0])] * 3, moving)
+    ramp = np.tile(np.arange(150, dtype=np.uint8), (100, 1))  # one level a pixel
+    assert scene.warped_error([ramp] * 3) == pytest.approx(3, abs=0.05)  # the motion is found to a part of a pixel
+    assert scene.warped_error([ramp // 50, 7 + ramp // 50, 14 + ramp // 50]) == pytest.approx(7, abs=0.1)
+
+
+def test_only_what_was_seen_before_counts_for_the_warped_error(monkeypatch: pytest.MonkeyPatch):
+    """A frame all of which was covered before says nothing: neither good nor bad."""
+    still = [np.full((50, 60), 100, np.uint8)] * 3
+    scene = StaticScene(still, still)
+    brighter = [np.full((50, 60), level, np.uint8) for level in (100, 104, 112)]
+    assert scene.warped_error(brighter) == 6
+    (flow, everything), _ = scene._motion()
+    nothing = np.zeros_like(everything)
+    monkeypatch.setattr(scene, "_motion", lambda: [(flow, nothing), (flow, everything)])
+    assert scene.warped_error(brighter) == 8
+    monkeypatch.setattr(scene, "_motion", lambda: [(flow, nothing), (flow, nothing)])
+    assert np.isnan(scene.warped_error(brighter))
+
+
 # --- readout ---
 
 
@@ -334,9 +359,8 @@ def test_a_sheet_shows_every_tile_at_full_size(tmp_path: Path, pictures):
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pipeline.live.create_engine", lambda **_: MaximumEngine())
-
-    def run(*arguments: str):
+    def run(*arguments: str, engine: type[MaximumEngine] = MaximumEngine):
+        monkeypatch.setattr("pipeline.live.create_engine", lambda **_: engine())
         return CliRunner().invoke(app, ["evaluate", *arguments])
 
     return run
@@ -401,6 +425,196 @@ def test_sets_people_and_readout_are_parts_of_one_report(tmp_path: Path, picture
     assert set(scores["parts"]["readout"]["held-back"]) == {"infrared", "visible"}
 
 
+def test_every_set_is_shown_with_its_scores_and_colours_clean_and_degraded(tmp_path: Path, pictures, command):
+    root = data_folder(tmp_path, pictures)
+    conditions = ("--condition", "clean", "--condition", "vis_haze", "--condition", "ir_stripe")
+    result = command(str(root), "--by-set", *conditions, "--json", "-", "--markdown", str(tmp_path / "s.md"))
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.stdout)["rows"]
+    lines = [line.strip("| ").split(" | ") for line in (tmp_path / "s.md").read_text().splitlines() if "|" in line]
+    shown = {line[0]: dict(zip(lines[0], line, strict=True)) for line in lines[2:]}
+    assert list(shown) == ["msrs", "tno"]
+    for data_set, cells in shown.items():
+        own = [row for row in rows if row["set"] == data_set]
+        for score in ("VIF", "Qabf", "SSIM", "CbCr"):
+            clean, *spoiled = (row[score] for row in own)
+            assert cells[f"{score} clean"] == f"{clean:.3f}"
+            assert cells[f"{score} degraded"] == f"{np.mean(spoiled):.3f}"
+
+
+def real_folder(root: Path, pictures: tuple[np.ndarray, np.ndarray, np.ndarray], *scenes: str) -> Path:
+    """Published degraded scenes with clean twins: each one's infrared with stripes."""
+    _, infrared, visible = pictures
+    lines = ["set,scene,modality,kind,file"]
+    (root / "degraded").mkdir(parents=True)
+    for number, scene in enumerate(scenes):
+        clean = np.roll(infrared, 7 * number, 1)
+        striped = np.clip(clean.astype(int) + 20 * (np.arange(WIDTH) % 4 == 0), 0, 255).astype(np.uint8)
+        for modality, kind, picture in (("ir", "Clean", clean), ("vi", "Clean", visible), ("ir", "SN", striped)):
+            name = f"{scene}_{modality}_{kind}.png"
+            cv2.imwrite(str(root / "degraded" / name), picture)
+            lines.append(f"dspfusion_val,{scene},{modality},{kind},{name}")
+    (root / "degraded" / "index.csv").write_text("\n".join(lines))
+    return root
+
+
+def test_scenes_that_were_trained_on_are_scored_and_count_for_no_figure(tmp_path: Path, pictures, command):
+    assert "00001D" in cases.TRAINED_ON
+    root = real_folder(tmp_path, pictures, "00001D", "00025N")
+    result = command(str(root), "--real", "--json", "-", "--markdown", str(tmp_path / "real.md"))
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout)
+    found = [(row["name"], row["degradation"], row["trained_on"]) for row in scores["rows"]]
+    assert found == [
+        (f"val/{name}", kind, name == "00001D") for name in ("00001D", "00025N") for kind in ("clean", "ir_SN")
+    ]
+    clean, striped = scores["rows"][2:]
+    for score in (*metrics.METRICS, "CbCr"):
+        assert scores["mean"][score] == pytest.approx((clean[score] + striped[score]) / 2)
+        assert scores["parts"]["real"]["mean_degraded"][score] == striped[score]
+    table = (tmp_path / "real.md").read_text()
+    assert f"| ir_SN | {striped['EN']:.3f} |" in table
+    assert f"| {clean['SSIM']:.3f} | {clean['CbCr']:.3f} |" in table
+
+
+def test_there_is_nothing_to_judge_where_all_scenes_were_trained_on(tmp_path: Path, pictures, command):
+    result = command(str(real_folder(tmp_path, pictures, "00001D")), "--real", engine=Unwanted)
+    assert "all trained on" in str(result.exception)
+
+
+def test_with_one_camera_black_the_other_ones_input_stands_beside_the_result(tmp_path: Path, pictures, command):
+    _, infrared, visible = pictures
+    save_public_pair(tmp_path, infrared, visible)
+    conditions = ("--condition", "clean", "--condition", "vis_haze", "--condition", "ir_lowcon")
+    result = command(str(tmp_path), "--missing", "--limit", "1", *conditions, "--json", "-")
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout)
+    judged = [(row["missing"], row["degradation"]) for row in scores["rows"]]
+    assert judged == [("infrared", "clean"), ("infrared", "vis_haze"), ("visible", "clean"), ("visible", "ir_lowcon")]
+    hazy = np.rint(255 * (0.5 * visible / 255 + 0.45))
+    error = np.mean((hazy - visible) ** 2)
+    for row in scores["rows"]:  # the maximum with black is the other picture as it came
+        assert [row[name] for name in ("VIF", "SSIM", "PSNR")] == [
+            row[f"input {name}"] for name in ("VIF", "SSIM", "PSNR")
+        ]
+    assert scores["parts"]["missing"]["infrared"]["clean"]["SSIM"] == pytest.approx(1)
+    assert scores["parts"]["missing"]["infrared"]["vis_haze"]["PSNR"] == pytest.approx(10 * np.log10(255**2 / error))
+    assert scores["mean"]["PSNR"] == pytest.approx(np.mean([row["PSNR"] for row in scores["rows"]]))
+
+
+class TokenEngine(MaximumEngine):
+    """Its picture is the darker, the larger the semantic tokens are that it is given."""
+
+    def fuse(self, infrared: np.ndarray, visible: np.ndarray, priors: Priors) -> np.ndarray:
+        size = float(np.abs(priors.semantic).mean())
+        return np.rint(super().fuse(infrared, visible, priors) / (1 + size)).astype(np.uint8)
+
+
+def rms(difference: torch.Tensor) -> float:
+    return float(difference.pow(2).mean().sqrt())
+
+
+def read_tokens(infrared: np.ndarray, visible: np.ndarray, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The semantic tokens that the shipped nano reads from a pair with grey colours, and what its diffusion makes."""
+    network, _ = load("nano")
+    thermal = torch.from_numpy(infrared)[None, None] / 255
+    optical = (torch.from_numpy(visible)[None, None] / 255).expand(1, 3, -1, -1)
+    with torch.inference_mode():
+        return network.encode_semantics(thermal, optical), network.estimate_priors(thermal, optical, steps).semantic
+
+
+def test_the_ablation_shows_how_near_the_diffusion_comes_to_the_clean_pairs_tokens(tmp_path: Path, pictures, command):
+    _, infrared, visible = pictures
+    save_public_pair(tmp_path, infrared, visible)
+    conditions = ("--condition", "vis_haze", "--condition", "ir_lowcon")
+    outputs = ("--json", "-", "--markdown", str(tmp_path / "ablation.md"))
+    result = command(str(tmp_path), "--ablation", "--limit", "1", *conditions, *outputs, engine=TokenEngine)
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout)
+    modes = scores["parts"]["ablation"]["modes"]
+    assert list(modes) == ["both priors", "unrestored", "clean", "no semantic", "no degradation", "no priors"]
+    hazy = np.rint(255 * (0.5 * visible / 255 + 0.45)).astype(np.uint8)
+    clean_tokens, _ = read_tokens(infrared, visible, 4)
+    read, restored = read_tokens(infrared, hazy, 4)
+    found = {mode: figure["mean_by_degradation"]["vis_haze"]["prior_error"] for mode, figure in modes.items()}
+    assert found["both priors"] == pytest.approx(rms(restored - clean_tokens), rel=1e-4)
+    assert found["unrestored"] == pytest.approx(rms(read - clean_tokens), rel=1e-4)
+    assert found["clean"] == 0
+    table = (tmp_path / "ablation.md").read_text().split("### Ablation of the priors, prior_error")[1]
+    for mode in ("both priors", "unrestored", "clean"):
+        assert f"| {mode} | {found[mode]:.3f} |" in table
+    own = [row for row in scores["rows"] if row["mode"] == "both priors"]
+    assert len(own) == 2
+    for score in ("VIF", "prior_error", "intensity_error"):
+        assert scores["mean"][score] == pytest.approx(np.mean([row[score] for row in own]))
+    assert scores["mean"]["VIF"] != pytest.approx(np.mean([row["VIF"] for row in scores["rows"]]))
+
+
+def test_numbers_of_diffusion_steps_are_compared_with_the_networks_own(tmp_path: Path, pictures, command):
+    _, infrared, visible = pictures
+    save_public_pair(tmp_path, infrared, visible)
+    arguments = ("--diffusion-steps", "1", "--limit", "1", "--condition", "vis_haze", "--json", "-")
+    result = command(str(tmp_path), *arguments, engine=TokenEngine)
+    assert result.exit_code == 0, result.output
+    scores = json.loads(result.stdout)
+    own = scores["engine"]["diffusion_steps"]
+    assert [row["mode"] for row in scores["rows"]] == ["steps 1", f"steps {own}"]
+    hazy = np.rint(255 * (0.5 * visible / 255 + 0.45)).astype(np.uint8)
+    clean_tokens, _ = read_tokens(infrared, visible, 1)
+    for row, steps in zip(scores["rows"], (1, own), strict=True):
+        _, restored = read_tokens(infrared, hazy, steps)
+        assert row["prior_error"] == pytest.approx(rms(restored - clean_tokens), rel=1e-4)
+    assert scores["mean"]["prior_error"] == scores["rows"][1]["prior_error"] != scores["rows"][0]["prior_error"]
+
+
+class Unwanted(MaximumEngine):
+    """Made before everything was checked."""
+
+    def __init__(self) -> None:
+        raise AssertionError("work has begun")
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [
+        ("--video", "video/index.json"),
+        ("--real", "degraded/index.csv"),
+        ("--published", "expected one picture 01016N.*"),
+        ("--public", "expected one picture 00095D.*"),
+        ("--ablation", "expected one picture 00095D.*"),
+        ("--all", "expected one picture"),
+    ],
+)
+def test_missing_files_of_a_later_part_are_told_before_the_first_begins(part, told, tmp_path: Path, pictures, command):
+    result = command(str(data_folder(tmp_path, pictures)), "--by-set", part, engine=Unwanted)
+    assert told in str(result.exception)
+    assert "\n" not in str(result.exception)
+
+
+def test_a_missing_recording_or_label_or_twin_is_told_before_the_work_begins(tmp_path: Path, pictures, command):
+    root = data_folder(tmp_path, pictures)
+    (root / "video").mkdir()
+    (root / "video" / "index.json").write_text('[{"name": "a", "group": "eval", "ir": "ir.mkv", "vi": "vi.mkv"}]')
+    (root / "eval" / "msrs" / "boxes_infrared" / "00020N.txt").unlink()
+    (root / "dark").mkdir()
+    pair = root / "eval" / "tno"
+    twins = ("--infrared", str(pair / "ir"), "--visible", str(pair / "vi"), "--degraded-visible", str(root / "dark"))
+    for arguments, told in (
+        ((str(root), "--by-set", "--video"), "ir.mkv"),
+        ((str(root), "--by-set", "--people"), "boxes_infrared"),
+        (twins, "expected one picture one.*"),
+    ):
+        assert told in str(command(*arguments, engine=Unwanted).exception)
+
+
+@pytest.mark.parametrize("option", ["--json", "--markdown", "--sheets"])
+def test_a_place_that_takes_no_report_is_told_before_the_work_begins(option, tmp_path: Path, pictures, command):
+    (tmp_path / "file").write_text("")
+    place = str(tmp_path / "file" / "report")
+    result = command(str(data_folder(tmp_path, pictures)), "--by-set", option, place, engine=Unwanted)
+    assert f"{tmp_path / 'file'} is no folder" in str(result.exception)
+
+
 def write_frames(path: Path, frames: list[np.ndarray]) -> None:
     """A lossless video of these pictures, grey or in colour, at 25 frames a second."""
     height, width = frames[0].shape[:2]
@@ -429,12 +643,18 @@ def test_a_degraded_clip_flickers_less_through_the_replay_than_frame_by_frame(tm
     (folder / "index.json").write_text(json.dumps(clips))
     result = command(str(tmp_path), "--video", "--json", "-")
     assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout)["parts"]["video"]
+    scores = json.loads(result.stdout)
+    found = scores["parts"]["video"]
+    both = [found[inputs]["replay"]["flicker"] for inputs in ("clean", "degraded")]
+    assert scores["mean"]["flicker"] == pytest.approx(np.mean(both))
     assert found["clean"]["replay"]["flicker"] < 0.1
     noise = found["degraded"]["infrared input"]["flicker"]
     assert noise == pytest.approx(2 * 9 / np.sqrt(np.pi), rel=0.1)  # the mean of a difference of two normal draws
     assert found["degraded"]["frame by frame"]["flicker"] == found["degraded"]["maximum"]["flicker"]
     assert found["degraded"]["replay"]["flicker"] < 0.75 * found["degraded"]["frame by frame"]["flicker"]
+
+
+FUSED = ["--infrared", "a", "--visible", "b", "--fused", "c"]
 
 
 @pytest.mark.parametrize(
@@ -446,6 +666,16 @@ def test_a_degraded_clip_flickers_less_through_the_replay_than_frame_by_frame(tm
         ([".", "--condition", "fog"], "vis_rain"),
         ([".", "--diffusion-steps", "many"], "1 to 10"),
         ([".", "--infrared", "a", "--visible", "b"], "not both"),
+        ([".", "--real", "--condition", "clean"], "--real"),
+        ([".", "--published", "--condition", "clean"], "--published"),
+        ([".", "--video", "--condition", "clean"], "--video"),
+        ([".", "--ablation", "--condition", "clean"], "--ablation"),
+        ([".", "--diffusion-steps", "1", "--condition", "vis_haze", "--condition", "clean"], "--diffusion-steps"),
+        ([*FUSED, "--condition", "clean"], "leave it out"),
+        ([*FUSED[:4], "--degraded-infrared", "c", "--condition", "clean"], "leave it out"),
+        ([*FUSED, "--engine", "openvino"], "--engine"),
+        ([*FUSED, "--variant", "base"], "--variant"),
+        ([*FUSED, "--weights", "nano.safetensors"], "--weights"),
     ],
 )
 def test_mistakes_are_told_in_one_line(arguments, told, command):
@@ -500,3 +730,18 @@ def test_the_published_pictures_score_as_published(data_dir: Path):
     rows = evaluate.score_cases(evaluate.ready_picture, cases.published_cases(data_dir))
     means = evaluate.mean_scores(rows)
     assert [means[name] for name in ("VIF", "Qabf", "SSIM")] == pytest.approx([0.890, 0.617, 1.227], abs=0.0006)
+
+
+@pytest.mark.realdata
+@pytest.mark.parametrize("degradation", ["vis_haze", "vis_blur", "ir_stripe"])
+def test_with_one_camera_black_the_shipped_nano_restores_the_other(degradation: str, data_dir: Path):
+    """The picture is nearer to what the other camera's clean one shows than its degraded one was."""
+    camera, black = ("infrared", "visible") if degradation.startswith("ir_") else ("visible", "infrared")
+    engine = PyTorchEngine("nano")
+    for pair in cases.public_pairs(data_dir, ["msrs/00349D", "msrs/01016N"]):
+        pictures = dict(zip(("infrared", "visible"), degrade(degradation, pair.infrared, pair.visible, 1), strict=True))
+        pictures[black] = np.zeros_like(pictures[black])
+        fused = engine.fuse(**pictures, priors=engine.estimate_priors(**pictures))
+        sources = metrics.Sources(pair.infrared, pair.visible)
+        before, after = (sources.likeness(picture, camera)["PSNR"] for picture in (pictures[camera], fused))
+        assert after > before, pair.name

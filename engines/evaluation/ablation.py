@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 Tokens = NDArray[np.float32]
 
 # "neutral" tokens are the mean over all the judged inputs: they say nothing about this one.
+BOTH_PRIORS = "both priors"  # the network as it runs
 MODES = {
-    "both priors": "semantic prior restored by the diffusion, degradation prior of the picture",
+    BOTH_PRIORS: "semantic prior restored by the diffusion, degradation prior of the picture",
     "unrestored": "semantic prior as read from the degraded pair",
     "clean": "semantic prior read from the clean pair: what a perfect diffusion would give",
     "no semantic": "neutral semantic prior",
@@ -46,7 +47,7 @@ class Ablation:
     def __init__(self, engine: FusionEngine, variant: str, weights: Path | None, steps: int) -> None:
         from engines.dspfusion.loading import load
 
-        self._engine, self._steps = engine, steps
+        self._engine, self.steps = engine, steps
         self._network, _ = load(variant, weights)
         self._neutral: tuple[Tensor, Tensor, Tensor] | None = None
         self._read: tuple[Case, Priors, tuple[Tensor, Tensor, Tensor], Tensor] | None = None
@@ -97,7 +98,7 @@ class Ablation:
             return infrared, visible, semantic
         if mode == "clean":
             return infrared, visible, clean
-        steps = int(mode.removeprefix(STEPS_MODE)) if mode.startswith(STEPS_MODE) else self._steps
+        steps = int(mode.removeprefix(STEPS_MODE)) if mode.startswith(STEPS_MODE) else self.steps
         return infrared, visible, self._restored(semantic, infrared, visible, steps)
 
     def _reading(self, case: Case) -> tuple[Priors, tuple[Tensor, Tensor, Tensor], Tensor]:

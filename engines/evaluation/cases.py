@@ -25,6 +25,7 @@ PUBLIC_PAIRS = tuple(
     + [f"roadscene/FLIR_{name}" for name in ["00288", "05245", "07190", "08874"]]
 )
 CONDITIONS = ("clean", *DEGRADATIONS)
+PairFiles = tuple[str, Path, Path]  # name, infrared picture, visible picture
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"})
 # The published pictures whose clean pair is public, by their folder, which names the degradation of the inputs.
 PUBLISHED_SCENES = (
@@ -96,10 +97,22 @@ def public_pairs(data_dir: Path, names: Sequence[str] = PUBLIC_PAIRS) -> Iterato
     Raises:
         FileNotFoundError: if one of them is not there.
     """
+    for files in pair_files(data_dir, names):
+        yield read_pair(*files)
+
+
+def pair_files(data_dir: Path, names: Sequence[str]) -> list[PairFiles]:
+    """Where the pairs `data set/name` of a folder lie, in that order.
+
+    Raises:
+        FileNotFoundError: if one of them is not there.
+    """
     root = eval_folder(data_dir)
-    for name in names:
-        data_set, stem = name.split("/")
-        yield read_pair(name, one_file(root / data_set / "ir", stem), one_file(root / data_set / "vi", stem))
+    parts = [(name, *name.split("/")) for name in names]
+    return [
+        (name, one_file(root / data_set / "ir", stem), one_file(root / data_set / "vi", stem))
+        for name, data_set, stem in parts
+    ]
 
 
 def set_names(data_dir: Path, light: str | None = None) -> dict[str, list[str]]:
@@ -124,7 +137,7 @@ def folder_pairs(infrared_dir: Path, visible_dir: Path) -> Iterator[Pair]:
     Raises:
         FileNotFoundError: if a picture has no partner, or there is none at all.
     """
-    for stem in _stems(infrared_dir, visible_dir):
+    for stem in stems(infrared_dir, visible_dir):
         yield read_pair(stem, one_file(infrared_dir, stem), one_file(visible_dir, stem))
 
 
@@ -134,7 +147,7 @@ def fused_cases(fused_dir: Path, infrared_dir: Path, visible_dir: Path) -> Itera
     Raises:
         FileNotFoundError: if there is no picture, or a picture has no clean pair.
     """
-    for stem in _stems(fused_dir):
+    for stem in stems(fused_dir):
         pair = read_pair(stem, one_file(infrared_dir, stem), one_file(visible_dir, stem))
         yield Case(pair, "clean", pair.infrared, pair.visible, read_colour(one_file(fused_dir, stem)))
 
@@ -151,25 +164,46 @@ def twin_cases(pairs: Iterable[Pair], infrared_dir: Path | None, visible_dir: Pa
         yield Case(pair, "degraded", infrared, visible)
 
 
-def real_cases(data_dir: Path) -> Iterator[Case]:
-    """Every published degraded picture that has a clean twin, with the clean picture of the other camera.
+@dataclass(frozen=True)
+class RealScene:
+    """A scene whose degraded pictures were published together with clean ones of both cameras."""
+
+    clean: PairFiles
+    degraded: tuple[tuple[str, str, Path], ...]  # "ir" or "vi", kind, picture
+
+    @property
+    def trained_on(self) -> bool:
+        return self.clean[0].split("/")[-1] in TRAINED_ON
+
+
+def real_scenes(data_dir: Path) -> list[RealScene]:
+    """The published degraded scenes that have clean twins.
 
     Raises:
-        FileNotFoundError: if there is no index.
+        FileNotFoundError: if there is no index, or a picture that it names is not there.
     """
     root = data_dir / "degraded"
     files: dict[tuple[str, str], dict[tuple[str, str], Path]] = {}
     for row in _index(root / "index.csv", ("set", "scene", "modality", "kind", "file")):
         files.setdefault((row["set"], row["scene"]), {})[row["modality"], row["kind"]] = root / row["file"]
+    scenes = []
     for (folder, scene), pictures in sorted(files.items()):
-        clean = pictures.get(("ir", "Clean")), pictures.get(("vi", "Clean"))
-        if clean[0] is None or clean[1] is None:
+        if not {("ir", "Clean"), ("vi", "Clean")} <= pictures.keys():
             continue
-        pair = read_pair(f"{folder.removeprefix('dspfusion_')}/{scene}", clean[0], clean[1])
+        if gone := [path for path in pictures.values() if not path.is_file()]:
+            raise FileNotFoundError(f"{root / 'index.csv'} names {gone[0]}, which is not there")
+        name = f"{folder.removeprefix('dspfusion_')}/{scene}"
+        degraded = [(*key, path) for key, path in sorted(pictures.items()) if key[1] not in ("Clean", "Norm")]
+        scenes.append(RealScene((name, pictures["ir", "Clean"], pictures["vi", "Clean"]), tuple(degraded)))
+    return scenes
+
+
+def real_cases(scenes: Iterable[RealScene]) -> Iterator[Case]:
+    """Every scene clean, then each of its degraded pictures with the clean picture of the other camera."""
+    for scene in scenes:
+        pair = read_pair(*scene.clean)
         yield Case(pair, "clean", pair.infrared, pair.visible)
-        for (modality, kind), path in sorted(pictures.items()):
-            if kind in ("Clean", "Norm"):
-                continue
+        for modality, kind, path in scene.degraded:
             infrared = read_grey(path) if modality == "ir" else pair.infrared
             visible = read_colour(path) if modality == "vi" else pair.visible
             yield Case(pair, f"{modality}_{kind}", infrared, visible)
@@ -181,18 +215,28 @@ def published_cases(data_dir: Path) -> Iterator[Case]:
     Raises:
         FileNotFoundError: if something of it is missing.
     """
+    for condition, clean, infrared, visible, fused in published_files(data_dir):
+        yield Case(read_pair(*clean), condition, read_grey(infrared), read_colour(visible), read_colour(fused))
+
+
+def published_files(data_dir: Path) -> Iterator[tuple[str, PairFiles, Path, Path, Path]]:
+    """Of every scene of `PUBLISHED_SCENES` its condition, the clean pair, both inputs, and the fused picture.
+
+    Raises:
+        FileNotFoundError: if something of it is missing.
+    """
     for condition, scene in PUBLISHED_SCENES:
-        (pair,) = public_pairs(data_dir, [f"msrs/{scene}"])
+        (clean,) = pair_files(data_dir, [f"msrs/{scene}"])
         inputs = data_dir / "degraded" / "dspfusion_test" / scene
         first, _, second = condition.rpartition("_")
         kinds = {"ir": "Input", "vi": "Input"}
         kinds.update({first: second} if first in kinds else {"vi": first, "ir": second})
-        yield Case(
-            pair,
+        yield (
             condition,
-            read_grey(one_file(inputs, f"ir_{kinds['ir']}")),
-            read_colour(one_file(inputs, f"vi_{kinds['vi']}")),
-            read_colour(one_file(data_dir / "official_dspfusion_outputs" / condition, scene)),
+            clean,
+            one_file(inputs, f"ir_{kinds['ir']}"),
+            one_file(inputs, f"vi_{kinds['vi']}"),
+            one_file(data_dir / "official_dspfusion_outputs" / condition, scene),
         )
 
 
@@ -226,6 +270,21 @@ def one_file(folder: Path, stem: str) -> Path:
     return matches[0]
 
 
+def stems(*folders: Path) -> list[str]:
+    """The names of all pictures of these folders, extensions aside, sorted.
+
+    Raises:
+        FileNotFoundError: if one is no folder, or there is no picture.
+    """
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} is not a folder")
+    files = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() in PICTURES]
+    if not files:
+        raise FileNotFoundError(f"{' and '.join(map(str, folders))} hold no pictures")
+    return sorted({path.stem for path in files})
+
+
 def read_pair(name: str, infrared: Path, visible: Path) -> Pair:
     """Reads two pictures of one size.
 
@@ -256,17 +315,6 @@ def _read(path: Path, how: int) -> Image:
 
 def _text(shape: tuple[int, ...]) -> str:
     return f"{shape[1]}x{shape[0]}"
-
-
-def _stems(*folders: Path) -> list[str]:
-    for folder in folders:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} is not a folder")
-    files = [path for folder in folders for path in folder.iterdir() if path.suffix.lower() in PICTURES]
-    stems = sorted({path.stem for path in files})
-    if not stems:
-        raise FileNotFoundError(f"{' and '.join(map(str, folders))} hold no pictures")
-    return stems
 
 
 def _index(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engines.base import FusionEngine
-from engines.evaluation.cases import CONDITIONS, Case, Pair, degraded_cases, public_pairs
+from engines.evaluation.cases import Case, Pair
+from engines.evaluation.cases import public_pairs as public_pairs  # for importers of this module
 from engines.evaluation.metrics import METRICS, Sources
 
 Image = NDArray[np.uint8]
@@ -105,29 +105,6 @@ def _row(case: Case, fused: Image, sources: Sources) -> Row:
         **scores,
         "CbCr": sources.colour_error(fused),
     }
-
-
-def evaluate_pairs(
-    engine: FusionEngine | Fuse, pairs: Iterable[Pair], degradation: str | None = None
-) -> dict[str, Any]:
-    """Fuses every pair, degraded or not, and scores it.
-
-    Args:
-        engine: see `fusing_with`.
-        degradation: one of `DEGRADATIONS`; None leaves the pairs clean.
-
-    Returns:
-        `rows`, one for each pair (`name`, `degradation` and the scores by name), and `mean` by score name.
-    """
-    rows = score_cases(fusing_with(engine), degraded_cases(pairs, [degradation or "clean"]))
-    return {"rows": rows, "mean": mean_scores(rows)}
-
-
-def evaluate_folder(
-    engine: FusionEngine | Fuse, data_dir: Path, degradations: Sequence[str] = CONDITIONS
-) -> dict[str, Any]:
-    """The twelve public pairs under each of the conditions; see `summary`."""
-    return summary(score_cases(fusing_with(engine), degraded_cases(public_pairs(data_dir), degradations)))
 
 
 def summary(rows: Sequence[Row]) -> dict[str, Any]:

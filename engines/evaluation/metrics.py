@@ -203,13 +203,6 @@ class Sources:
         }
 
 
-def evaluate_pair(
-    fused: NDArray[np.uint8], infrared: NDArray[np.uint8], visible: NDArray[np.uint8]
-) -> dict[str, float]:
-    """All nine scores of one fused picture, by the names in `METRICS`; see `Sources`."""
-    return Sources(infrared, visible).score(fused)
-
-
 class _Terms:
     """A grey picture and what several scores need of it, computed when first asked for."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,24 @@ import numpy as np
 
 from engines.base import FusionEngine
 from engines.evaluation import readout
-from engines.evaluation.ablation import ERRORS, MODES, STEPS_MODE, Ablation, compare
+from engines.evaluation.ablation import BOTH_PRIORS, ERRORS, MODES, STEPS_MODE, Ablation, compare
 from engines.evaluation.cases import (
     CONDITIONS,
     PUBLIC_PAIRS,
-    TRAINED_ON,
     Case,
     Pair,
+    RealScene,
     degraded_cases,
     eval_folder,
+    pair_files,
     public_pairs,
     published_cases,
+    published_files,
     real_cases,
+    real_scenes,
     set_names,
     spared_clean,
 )
-from engines.evaluation.degradations import DEGRADATIONS
 from engines.evaluation.evaluate import (
     SCORES,
     Image,
@@ -58,6 +60,7 @@ class Part:
     rows: list[Row]  # one for each picture
     figures: dict[str, Any]  # of all of them together
     tables: list[Table] = field(default_factory=list)
+    main: list[Row] | None = None  # rows of the network as it runs, on pictures it has not seen; None: all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,28 @@ class Scope:
     def first(self, names: Sequence[str]) -> list[str]:
         """As many of the names as the limit allows."""
         return list(names[: self.limit])
+
+
+def check(name: str, scope: Scope) -> None:
+    """Looks for the files of a part, by its name on the command line, without reading any picture.
+
+    Raises:
+        FileNotFoundError: if one is not there.
+        ValueError: if an index lacks columns, or nothing is left to judge.
+    """
+    if name == "real":
+        _judged_scenes(scope)
+    elif name == "published":
+        list(islice(published_files(scope.data_dir), scope.limit))
+    elif name == "people":
+        pair_files(scope.data_dir, list(_labels(scope)))
+    elif name in ("by_set", "readout"):
+        for pairs in set_names(scope.data_dir).values():
+            pair_files(scope.data_dir, scope.first(pairs))
+        if name == "readout":
+            _unseen_scenes(scope)
+    else:
+        pair_files(scope.data_dir, scope.first(PUBLIC_PAIRS))
 
 
 def public(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
@@ -125,18 +150,20 @@ def by_set(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part
 
 def real(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
     """The published degraded pictures with a clean twin. Scenes whose source was trained on are marked `trained_on`."""
-    cases = _of_first_pairs(real_cases(scope.data_dir), scope.limit)
-    rows = _drawn(fusing_with(engine), cases, scope.sheets_dir, "real", watch)
+    scenes = _judged_scenes(scope)
+    watch[0](sum(1 + len(scene.degraded) for scene in scenes))
+    rows = _drawn(fusing_with(engine), real_cases(scenes), scope.sheets_dir, "real", watch)
+    trained_on = {scene.clean[0] for scene in scenes if scene.trained_on}
     for row in rows:
-        row["trained_on"] = row["name"].split("/")[-1] in TRAINED_ON
-    unseen = [row for row in rows if not row["trained_on"]] or rows
+        row["trained_on"] = row["name"] in trained_on
+    unseen = [row for row in rows if not row["trained_on"]]
     figures = summary(unseen)
     figures.pop("rows")
     lines = dict(figures["mean_by_degradation"])
     if "mean_degraded" in figures:
         lines["mean degraded"] = figures["mean_degraded"]
     note = f"{len(unseen)} pictures; {len(rows) - len(unseen)} of scenes that were trained on are left out"
-    return Part(rows, figures, [table_of("Published degraded scenes", "condition", SCORES, lines, note)])
+    return Part(rows, figures, [table_of("Published degraded scenes", "condition", SCORES, lines, note)], unseen)
 
 
 def published(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
@@ -179,50 +206,38 @@ def published(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> P
 
 def priors(ablation: Ablation, scope: Scope, watch: Watch = UNWATCHED) -> Part:
     """Each prior replaced: what does it add?"""
-    names = scope.first(PUBLIC_PAIRS)
-    conditions = [name for name in scope.conditions if name != "clean"] or list(DEGRADATIONS)
+    names, conditions = scope.first(PUBLIC_PAIRS), _degraded(scope)
     watch[0](len(names) * len(conditions) * (1 + len(MODES)))
-
-    def cases() -> Iterable[Case]:
-        return degraded_cases(public_pairs(scope.data_dir, names), conditions)
-
-    ablation.learn_neutral(cases(), watch[1])
-    rows = compare(ablation, cases(), list(MODES), watch[1])
-    by_mode = {mode: _mode_figures(own) for mode, own in grouped(rows, "mode").items()}
-    columns = ("VIF", "Qabf", "SSIM", "CbCr", *ERRORS)
-    tables = [
-        table_of(
-            "Ablation of the priors, mean of the degraded conditions",
-            "priors",
-            columns,
-            {mode: figure["mean"] for mode, figure in by_mode.items()},
-            "; ".join(f"{mode}: {what}" for mode, what in MODES.items()),
-        )
-    ]
-    for score in ("VIF", "Qabf", "SSIM", "intensity_error"):
+    ablation.learn_neutral(degraded_cases(public_pairs(scope.data_dir, names), conditions), watch[1])
+    note = "; ".join(f"{mode}: {what}" for mode, what in MODES.items())
+    part = _in_modes("Ablation of the priors", "priors", ablation, scope, list(MODES), note, watch)
+    for score in ("VIF", "Qabf", "SSIM", *ERRORS):
         lines = {
             mode: {name: mean[score] for name, mean in figure["mean_by_degradation"].items()}
-            for mode, figure in by_mode.items()
+            for mode, figure in part.figures["modes"].items()
         }
-        tables.append(table_of(f"Ablation of the priors, {score}", "priors", conditions, lines))
-    return Part(rows, {"modes": by_mode}, tables)
+        part.tables.append(table_of(f"Ablation of the priors, {score}", "priors", conditions, lines))
+    return replace(part, main=[row for row in part.rows if row["mode"] == BOTH_PRIORS])
 
 
 def steps(ablation: Ablation, scope: Scope, counts: Sequence[int], watch: Watch = UNWATCHED) -> Part:
-    """How many diffusion steps are worth their time?"""
-    names = scope.first(PUBLIC_PAIRS)
-    conditions = [name for name in scope.conditions if name != "clean"] or list(DEGRADATIONS)
-    watch[0](len(names) * len(conditions) * len(counts))
-    modes = [f"{STEPS_MODE}{count}" for count in counts]
-    rows = compare(ablation, degraded_cases(public_pairs(scope.data_dir, names), conditions), modes, watch[1])
+    """How many diffusion steps are worth their time? As many as the network takes by itself are always among them."""
+    modes = [f"{STEPS_MODE}{count}" for count in dict.fromkeys((*counts, ablation.steps))]
+    watch[0](len(scope.first(PUBLIC_PAIRS)) * len(_degraded(scope)) * len(modes))
+    part = _in_modes("Diffusion steps", "diffusion", ablation, scope, modes, "", watch)
+    return replace(part, main=[row for row in part.rows if row["mode"] == f"{STEPS_MODE}{ablation.steps}"])
+
+
+def _in_modes(
+    title: str, first: str, ablation: Ablation, scope: Scope, modes: Sequence[str], note: str, watch: Watch
+) -> Part:
+    """The public pairs under the degraded conditions, in each mode: one line for each."""
+    pairs = public_pairs(scope.data_dir, scope.first(PUBLIC_PAIRS))
+    rows = compare(ablation, degraded_cases(pairs, _degraded(scope)), modes, watch[1])
     by_mode = {mode: _mode_figures(own) for mode, own in grouped(rows, "mode").items()}
     lines = {mode: figure["mean"] for mode, figure in by_mode.items()}
-    columns = ("VIF", "Qabf", "SSIM", "CbCr", *ERRORS)
-    return Part(
-        rows,
-        {"modes": by_mode},
-        [table_of("Diffusion steps, mean of the degraded conditions", "diffusion", columns, lines)],
-    )
+    table = table_of(f"{title}, mean of the degraded conditions", first, (*SHORT, *ERRORS), lines, note)
+    return Part(rows, {"modes": by_mode}, [table])
 
 
 def missing(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
@@ -258,14 +273,10 @@ def missing(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Par
 
 def people(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part:
     """Warm people of the labelled night pairs against their surroundings."""
-    names = [name for group in set_names(scope.data_dir, "night").values() for name in group]
-    labels = {name: _label_file(scope.data_dir, name) for name in names}
-    names = scope.first([name for name in names if labels[name].is_file()])
-    if not names:
-        raise FileNotFoundError(f"no night pair of {eval_folder(scope.data_dir)} has labelled boxes (boxes_infrared)")
-    watch[0](len(names) * len(scope.conditions))
+    labels = _labels(scope)
+    watch[0](len(labels) * len(scope.conditions))
     rows: list[Row] = []
-    for index, pair in enumerate(public_pairs(scope.data_dir, names)):
+    for index, pair in enumerate(public_pairs(scope.data_dir, list(labels))):
         boxes = warm_people(pair.infrared, read_boxes(labels[pair.name]))
         for case in degraded_cases([pair], scope.conditions, index):
             pictures = {"infrared": pair.infrared, "visible": pair.visible}
@@ -293,10 +304,8 @@ def naming(engine: FusionEngine, scope: Scope, watch: Watch = UNWATCHED) -> Part
     judged = [name for name in PUBLIC_PAIRS if name in sets.get(name.split("/")[0], ())]
     twelve = degraded_cases(public_pairs(scope.data_dir, scope.first(judged)), scope.conditions)
     answers += readout.case_answers(engine, twelve, readout.FIXED_KINDS, "fixed", lambda: None)
-    if (scope.data_dir / "degraded" / "index.csv").is_file():
-        scenes = _of_first_pairs(real_cases(scope.data_dir), scope.limit)
-        unseen = (case for case in scenes if case.pair.name.split("/")[-1] not in TRAINED_ON)
-        answers += readout.case_answers(engine, unseen, readout.PUBLISHED_KINDS, "published", lambda: None)
+    unseen = real_cases(_unseen_scenes(scope))
+    answers += readout.case_answers(engine, unseen, readout.PUBLISHED_KINDS, "published", lambda: None)
     found = readout.figures(answers)
     return Part([], found, list(readout.tables(found)))
 
@@ -323,20 +332,42 @@ def _mode_figures(rows: list[Row]) -> dict[str, Any]:
     return {"mean": mean_scores(list(by_degradation.values()), names), "mean_by_degradation": by_degradation}
 
 
-def _label_file(data_dir: Path, name: str) -> Path:
-    data_set, stem = name.split("/")
-    return eval_folder(data_dir) / data_set / "boxes_infrared" / f"{stem}.txt"
+def _degraded(scope: Scope) -> list[str]:
+    return [name for name in scope.conditions if name != "clean"]
 
 
-def _of_first_pairs(cases: Iterable[Case], limit: int | None) -> Iterable[Case]:
-    """The cases of the first pairs."""
-    seen: list[str] = []
-    for case in cases:
-        if case.pair.name not in seen:
-            if limit is not None and len(seen) == limit:
-                return
-            seen.append(case.pair.name)
-        yield case
+def _labels(scope: Scope) -> dict[str, Path]:
+    """The night pairs with labelled people, and where their labels lie."""
+    root = eval_folder(scope.data_dir)
+    found = {}
+    for names in set_names(scope.data_dir, "night").values():
+        for name in names:
+            data_set, stem = name.split("/")
+            if (path := root / data_set / "boxes_infrared" / f"{stem}.txt").is_file():
+                found[name] = path
+    if not found:
+        raise FileNotFoundError(f"no night pair of {root} has labelled boxes (boxes_infrared)")
+    return {name: found[name] for name in scope.first(list(found))}
+
+
+def _judged_scenes(scope: Scope) -> list[RealScene]:
+    """The first published scenes with clean twins.
+
+    Raises:
+        ValueError: if there is none, or all of them were trained on: scores of these prove nothing.
+    """
+    scenes = real_scenes(scope.data_dir)[: scope.limit]
+    if all(scene.trained_on for scene in scenes):
+        of_them = f"the {len(scenes)} scenes of it that have clean twins were all trained on"
+        raise ValueError(f"{scope.data_dir / 'degraded'} tells nothing new: {of_them}")
+    return scenes
+
+
+def _unseen_scenes(scope: Scope) -> list[RealScene]:
+    """The first published scenes that were not trained on; none where the data have no such scenes at all."""
+    if not (scope.data_dir / "degraded" / "index.csv").is_file():
+        return []
+    return [scene for scene in real_scenes(scope.data_dir) if not scene.trained_on][: scope.limit]
 
 
 def _watched(pairs: Iterable[Pair], count: int, watch: Watch) -> Iterable[Pair]:

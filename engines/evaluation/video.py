@@ -58,7 +58,10 @@ class StaticScene:
         return float(np.mean(means)) if means else float("nan")
 
     def warped_error(self, frames: Sequence[Image]) -> float:
-        """The mean |F(t) - warped F(t-1)|, moved as the clean visible picture moves, where nothing was covered."""
+        """The mean |F(t) - warped F(t-1)|, moved as the clean visible picture moves, where nothing was covered.
+
+        Averaged over the frames; NaN if all of every frame was covered before.
+        """
         return self.warped_errors([frames])[0]
 
     def warped_errors(self, videos: Sequence[Sequence[Image]]) -> list[float]:
@@ -66,10 +69,12 @@ class StaticScene:
         checked = [self._checked(frames) for frames in videos]
         errors: list[list[float]] = [[] for _ in checked]
         for index, (flow, seen) in enumerate(self._motion(), 1):
+            if not seen.any():
+                continue
             for frames, found in zip(checked, errors, strict=True):
                 moved = cv2.remap(frames[index - 1], flow[..., 0], flow[..., 1], cv2.INTER_LINEAR)
-                found.append(float(cv2.absdiff(frames[index], moved)[seen].mean()) if seen.any() else 0.0)
-        return [float(np.mean(found)) for found in errors]
+                found.append(float(cv2.absdiff(frames[index], moved)[seen].mean()))
+        return [float(np.mean(found)) if found else float("nan") for found in errors]
 
     def _checked(self, frames: Sequence[Image]) -> list[Image]:
         if len(frames) != len(self._visible):

@@ -16,11 +16,12 @@ from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from engines.base import EngineDescription, FusionEngine, Priors
-    from engines.evaluation.parts import Part, Watch
+    from engines.evaluation.parts import Part, Scope, Watch
     from engines.evaluation.tables import Table
     from pipeline.frame import FusedFrame
 
 SCORED_EVERY_FRAMES = 5  # of a clip: neighbours score alike
+ENGINE, VARIANT = "pytorch", "nano"  # by default
 
 
 def evaluate(
@@ -58,13 +59,14 @@ def evaluate(
     everything: Annotated[bool, typer.Option("--all", help="All of these parts.")] = False,
     condition: Annotated[
         list[str] | None,
-        typer.Option(help="clean, vis_lowlight, vis_blur, ir_lowcon, ir_stripe, vis_haze, vis_rain; repeat."),
+        typer.Option(
+            help="clean, vis_lowlight, vis_blur, ir_lowcon, ir_stripe, vis_haze, vis_rain; repeat. "
+            "Where clean pictures are degraded here: not with --real, --published or --video."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many pairs of each set.")] = None,
-    variant: Annotated[str, typer.Option(help="Size of the network.")] = "nano",
-    engine: Annotated[
-        str, typer.Option("--engine", help="pytorch is the reference; or auto, openvino, ...")
-    ] = "pytorch",
+    variant: Annotated[str, typer.Option(help="Size of the network.")] = VARIANT,
+    engine: Annotated[str, typer.Option("--engine", help="pytorch is the reference; or auto, openvino, ...")] = ENGINE,
     weights: Annotated[Path | None, typer.Option(help="A safetensors file; without it, the shipped weights.")] = None,
     threads: Annotated[int, typer.Option(min=0, max=256, help="For the network; 0 lets the engine choose.")] = 0,
     sheets: Annotated[
@@ -76,7 +78,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score fused pictures against the CLEAN sources, also where degraded ones were fused."""
-    from pipeline.telemetry import write_report
+    from pipeline.telemetry import check_report_target, write_report
 
     chosen = [
         name
@@ -108,6 +110,8 @@ def evaluate(
         threads=threads,
         sheets=sheets,
     )
+    for target in (as_json, markdown, sheets and sheets / "sheet.png"):
+        check_report_target(None if target is None else str(target))
     with users_mistakes():
         request.check()
         result, tables = judge(request)
@@ -144,7 +148,7 @@ class Request:
     folders: Folders
     parts: tuple[str, ...]
     steps: tuple[int, ...]
-    conditions: tuple[str, ...]
+    conditions: tuple[str, ...]  # empty: all of them
     limit: int | None
     engine: str
     variant: str
@@ -152,29 +156,71 @@ class Request:
     threads: int
     sheets: Path | None
 
+    @property
+    def scope(self) -> Scope:
+        """The same for the parts of a data folder."""
+        from engines.evaluation.cases import CONDITIONS
+        from engines.evaluation.parts import Scope
+
+        assert self.data is not None
+        conditions = self.conditions or CONDITIONS
+        return Scope(data_dir=self.data, conditions=conditions, limit=self.limit, sheets_dir=self.sheets)
+
     def check(self) -> None:
-        """Refuses what does not go together, before anything is loaded.
+        """Refuses what does not go together and looks for every file of every part, before anything is loaded.
 
         Raises:
             ConfigError: says which option is missing or too many.
+            FileNotFoundError, ValueError: files are missing, or there is nothing to judge.
         """
-        folders = self.folders
+        from engines.evaluation import parts
+
         if self.parts == ("folders",):
-            if self.data is not None:
-                raise ConfigError("give a data folder or --infrared and --visible, not both")
-            if folders.infrared is None or folders.visible is None:
-                raise ConfigError("--infrared and --visible belong together: name both folders of clean pictures")
-            if folders.fused is not None and (folders.degraded_infrared or folders.degraded_visible):
-                raise ConfigError(
-                    "--fused scores ready-made pictures: leave out --degraded-infrared and --degraded-visible"
-                )
+            self._check_folders()
             return
-        if folders.given:
+        if self.folders.given:
             raise ConfigError("folders of your own are judged by themselves: leave out the other parts")
         if self.data is None:
             raise ConfigError("name the data folder (with eval/index.csv), or --infrared and --visible")
         if not self.data.is_dir():
             raise ConfigError(f"{self.data} is not a folder: name the one that holds eval/index.csv")
+        for name, option in ("real", "--real"), ("published", "--published"), ("video", "--video"):
+            if self.conditions and name in self.parts:
+                raise ConfigError(f"{option} has degraded pictures of its own: leave out --condition, or {option}")
+        for name, option in ("ablation", "--ablation"), ("steps", "--diffusion-steps"):
+            if "clean" in self.conditions and name in self.parts:
+                raise ConfigError(f"{option} compares on degraded pictures: leave out --condition clean, or {option}")
+        for name in self.parts:
+            if name == "video":
+                list_clips(self.data, self.limit)
+            else:
+                parts.check(name, self.scope)
+
+    def _check_folders(self) -> None:
+        from engines.evaluation.cases import one_file, stems
+
+        folders = self.folders
+        if self.data is not None:
+            raise ConfigError("give a data folder or --infrared and --visible, not both")
+        if folders.infrared is None or folders.visible is None:
+            raise ConfigError("--infrared and --visible belong together: name both folders of clean pictures")
+        twins = folders.degraded_infrared or folders.degraded_visible
+        if folders.fused is not None:
+            if twins:
+                raise ConfigError(
+                    "--fused scores ready-made pictures: leave out --degraded-infrared and --degraded-visible"
+                )
+            if (self.engine, self.variant, self.weights, self.threads) != (ENGINE, VARIANT, None, 0):
+                raise ConfigError(
+                    "--fused scores ready-made pictures: leave out --engine, --variant, --weights and --threads"
+                )
+        if self.conditions and (folders.fused or twins):
+            raise ConfigError("--condition degrades clean pictures: leave it out beside --fused or degraded ones")
+        listed = (folders.infrared, folders.visible) if folders.fused is None else (folders.fused,)
+        for name in stems(*listed)[: self.limit]:
+            for folder in vars(folders).values():
+                if folder is not None:
+                    one_file(folder, name)
 
 
 def steps_of(text: str) -> tuple[int, ...]:
@@ -189,13 +235,13 @@ def steps_of(text: str) -> tuple[int, ...]:
 
 
 def conditions_of(names: list[str] | None) -> tuple[str, ...]:
-    """The conditions asked for; all of them without a wish."""
+    """The conditions asked for, each once."""
     from engines.evaluation.cases import CONDITIONS
 
     for name in names or ():
         if name not in CONDITIONS:
             raise ConfigError(f"--condition {name}: choose from {', '.join(CONDITIONS)}")
-    return tuple(dict.fromkeys(names)) if names else CONDITIONS
+    return tuple(dict.fromkeys(names or ()))
 
 
 @contextmanager
@@ -212,7 +258,8 @@ def judge(request: Request) -> tuple[dict[str, Any], list[Table]]:
 
     Returns:
         The result as it goes into JSON, and the tables. `rows` hold one entry for each picture, with its `part`; `mean`
-        is over the rows of the first part, and `parts` holds what each part says about all of its pictures together.
+        is over those rows of the first part that are of the network as it runs, on pictures that it was not trained on,
+        and `parts` holds what each part says about all of its pictures together.
     """
     serving = None if request.folders.fused is not None else engine_of(request)
     try:
@@ -225,7 +272,7 @@ def judge(request: Request) -> tuple[dict[str, Any], list[Table]]:
     result: dict[str, Any] = {
         "engine": None if description is None else described(description, request),
         "rows": [{"part": name, **row} for name, part in found.items() for row in part.rows],
-        "mean": numeric_means(first.rows) or first.figures.get("mean", {}),
+        "mean": numeric_means(first.rows if first.main is None else first.main),
         **{key: first.figures[key] for key in ("mean_by_degradation", "mean_degraded") if key in first.figures},
         "parts": {name: part.figures for name, part in found.items()},
     }
@@ -251,10 +298,7 @@ def data_part(name: str, request: Request, serving: FusionEngine, watch: Watch) 
     from engines.evaluation import parts
     from engines.evaluation.ablation import Ablation
 
-    assert request.data is not None
-    scope = parts.Scope(
-        data_dir=request.data, conditions=request.conditions, limit=request.limit, sheets_dir=request.sheets
-    )
+    scope = request.scope
     if name in ("ablation", "steps"):
         ablation = Ablation(serving, request.variant, request.weights, diffusion_steps())
         if name == "steps":
@@ -289,13 +333,15 @@ def own_folders(request: Request, serving: FusionEngine | None, watch: Watch) ->
     elif folders.degraded_infrared or folders.degraded_visible:
         judged = cases.twin_cases(pairs, folders.degraded_infrared, folders.degraded_visible)
     else:
-        judged = cases.degraded_cases(pairs, request.conditions)
+        judged = cases.degraded_cases(pairs, request.conditions or cases.CONDITIONS)
     method = ready_picture if serving is None else fusing_with(serving)
     title = "Ready-made pictures" if serving is None else "Own pictures"
     return parts.of_cases(title, method, judged, request.sheets, "own", watch)
 
 
 # --- video ---
+
+REPLAY = "replay"  # of the ways to fuse a clip, the product's
 
 
 @dataclass(frozen=True)
@@ -336,14 +382,14 @@ def video_part(data: Path, serving: FusionEngine, limit: int | None, watch: Watc
     ]
     lines = {f"{row['name']} {row['inputs']}, {row['method']}": row for row in rows}
     tables.append(table_of("Video, by clip", "clip", (*columns, "static_share"), lines))
-    return Part(rows, figures, tables)
+    return Part(rows, figures, tables, [row for row in rows if row["method"] == REPLAY])
 
 
 def list_clips(data: Path, limit: int | None) -> list[Clip]:
     """The clips for evaluation, each followed by its degraded twin if there is one; never those for training.
 
     Raises:
-        FileNotFoundError: if there is no video/index.json.
+        FileNotFoundError: if there is no video/index.json, or a recording that it names is not there.
         ValueError: if there is no clip for evaluation in it.
     """
     root = data / "video"
@@ -362,6 +408,10 @@ def list_clips(data: Path, limit: int | None) -> list[Clip]:
             clips.append(Clip(entry["name"], "degraded", root / twin["ir"], root / twin["vi"], *sources))
     if not clips:
         raise ValueError(f"{root / 'index.json'} lists no clip of the group eval")
+    for clip in clips:
+        for path in (clip.infrared, clip.visible):
+            if not path.exists():
+                raise FileNotFoundError(f"{root / 'index.json'} names {path}, which is not there")
     return clips
 
 
@@ -385,7 +435,7 @@ def judge_clip(clip: Clip, serving: FusionEngine) -> list[dict[str, Any]]:
     if len(kept) < 2:
         raise ValueError(f"{clip.name}: fewer than two frames of the clip belong to the clean one")
     videos = {
-        "replay": [shown.fused for shown in kept],
+        REPLAY: [shown.fused for shown in kept],
         "replay, steady off": [shown.fused for shown in unsteadied if shown.index in clean],
         "frame by frame": [
             serving.fuse(shown.infrared, shown.visible, serving.estimate_priors(shown.infrared, shown.visible))
