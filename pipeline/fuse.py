@@ -6,6 +6,7 @@ The priors describe the scene as a whole and vary slowly. So they are estimated 
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from pipeline.config import PriorsConfig, SteadyConfig
 from pipeline.frame import AlignedPair, FusedFrame
 from pipeline.handover import Latest
 from pipeline.steady import Steady
+
+log = logging.getLogger("dspfusion.fuse")
 
 THUMBNAIL = (16, 12)  # so coarse that what moves in a scene does not make it another one
 
@@ -41,10 +44,12 @@ class PriorKeeper:
         self._asked_at = 0
         self._thumbnail: np.ndarray | None = None
         self._presence: tuple[bool, bool] | None = None
+        self._scene = self._estimated_scene = 0  # counted up at every change of the scene
         self.updates = 0
         self.failures = 0
+        self.first_failure: str | None = None
         self._lock = threading.Lock()
-        self._slot: Latest[tuple[np.ndarray, np.ndarray, float, int]] = Latest()
+        self._slot: Latest[tuple[np.ndarray, np.ndarray, int, int]] = Latest()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         if background:
@@ -74,14 +79,13 @@ class PriorKeeper:
         first = self._current is None
         if first or new_scene or index - self._asked_at >= self._config.every_frames:
             self._thumbnail, self._presence, self._asked_at = thumbnail, presence, index
-            # After a cut the old priors are wrong rather than noisy: they are replaced, not blended.
-            share = 1.0 if new_scene else self._config.smoothing
+            self._scene += new_scene
             if warp is not None:
                 infrared = warp.remap(infrared)
             if first or self._thread is None:
-                self._estimate(infrared, visible, share, index)
+                self._estimate(infrared, visible, self._scene, index)
             else:
-                self._slot.put((infrared, visible, share, index))
+                self._slot.put((infrared, visible, self._scene, index))
         with self._lock:
             assert self._current is not None
             return self._current
@@ -100,11 +104,14 @@ class PriorKeeper:
             return True
         return float(cv2.absdiff(thumbnail, self._thumbnail).mean()) > self._config.scene_change
 
-    def _estimate(self, infrared: np.ndarray, visible: np.ndarray, share: float, index: int) -> None:
+    def _estimate(self, infrared: np.ndarray, visible: np.ndarray, scene: int, index: int) -> None:
         newer = self._engine.estimate_priors(infrared, visible)
+        # After a cut the old priors are wrong rather than noisy: they are replaced, not blended. What counts is the
+        # scene that they are of: the request that was made at the cut may have been pushed out, or have failed.
+        share = self._config.smoothing if scene == self._estimated_scene else 1.0
         with self._lock:
             self._current = newer if self._current is None else self._current.blend(newer, share)
-            self._estimated_at = index
+            self._estimated_at, self._estimated_scene = index, scene
             self.updates += 1
 
     def _work(self) -> None:
@@ -116,9 +123,12 @@ class PriorKeeper:
                 continue
             try:
                 self._estimate(*work)
-            except Exception:
-                # The frames go on with the priors there are; the count is in the report.
+            except Exception as error:
                 self.failures += 1
+                if self.first_failure is None:
+                    reason = " ".join(str(error).split()) or type(error).__name__
+                    self.first_failure = f"priors could not be estimated ({reason}): the frames go on with older ones"
+                    log.warning("%s", self.first_failure)
 
 
 @dataclass
@@ -233,6 +243,7 @@ class Fuse:
         self.index = first_index  # of the next frame
         self.psnr_db: float | None = None  # of the engine's picture of the first pair of a size against PyTorch's
         self._proven: set[tuple[int, ...]] = set()
+        self._served: set[tuple[object, ...]] = set()
 
     def __call__(self, aligned: AlignedPair) -> FusedFrame:
         """Fuses one pair. A missing camera is black to the network, which was trained to expect that.
@@ -266,6 +277,10 @@ class Fuse:
             latency_ms={"fuse": (time.perf_counter() - begun.started) * 1e3},
         )
 
+    def served(self, begun: Begun) -> bool:
+        """Whether the engine has made such a picture before: the first one of a size is compiled for, and proven."""
+        return _kind(begun) in self._served
+
     def close(self) -> None:
         self.keeper.close()
         for workers in (self._workers, self._finisher):
@@ -285,6 +300,7 @@ class Fuse:
             self._prove(begun, image)
             if begun.aligned.weight is not None:
                 image = self._fade(image, begun.visible, begun.aligned.weight)
+        self._served.add(_kind(begun))
         return self._steady(image, begun.presence)
 
     def _prove(self, begun: Begun, image: np.ndarray) -> None:
@@ -312,6 +328,10 @@ class Fuse:
         priors = self.keeper.priors(infrared, visible, presence, index, warp)
         self.index += 1
         return Begun(aligned, infrared, visible, warp, priors, index, self.keeper.age_frames(index), started)
+
+
+def _kind(begun: Begun) -> tuple[object, ...]:
+    return begun.infrared.shape, begun.visible.shape, begun.presence
 
 
 def readout(priors: Priors, presence: tuple[bool, bool]) -> dict[str, dict[str, float]]:

@@ -31,6 +31,12 @@ def aligned(
     return AlignedPair(pair, heat if infrared else None, colour if visible else None, weight)
 
 
+def pictures_of(pair: AlignedPair) -> tuple[np.ndarray, np.ndarray]:
+    assert pair.infrared is not None
+    assert pair.visible is not None
+    return pair.infrared, pair.visible
+
+
 def test_in_step_priors_are_estimated_at_fixed_frames():
     engine = MaximumEngine()
     fuse = Fuse(engine, PriorsConfig(every_frames=5), background=False)
@@ -83,6 +89,50 @@ def test_in_the_background_only_the_first_frame_waits():
         time.sleep(0.01)
     assert fuse.keeper.updates >= 2
     fuse.close()
+
+
+def test_a_new_scene_replaces_the_priors_though_its_own_request_was_pushed_out_by_a_later_one():
+    class SlowPriors(MaximumEngine):
+        def estimate_priors(self, infrared, visible):
+            if self.estimates:
+                asked.set()
+                seen.wait(60)
+            return super().estimate_priors(infrared, visible)
+
+    engine, asked, seen = SlowPriors(), threading.Event(), threading.Event()
+    fuse = Fuse(engine, PriorsConfig(every_frames=1, smoothing=0.25, scene_change=12), background=True)
+    fuse(aligned(20))
+    fuse(aligned(20))
+    assert asked.wait(20)  # an estimate is under way
+    fuse(aligned(200))  # the cut waits for it, and is pushed out
+    fuse(aligned(204))
+    seen.set()
+    deadline = time.monotonic() + 20
+    while fuse.keeper.updates < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    fuse.close()
+    now = fuse.keeper.priors(*pictures_of(aligned(204)), (True, True), 4)
+    assert now.semantic[0, 0] == pytest.approx(204 / 255, abs=1e-6)
+
+
+def test_a_new_scene_replaces_the_priors_though_its_first_estimate_failed(caplog):
+    class Fails(MaximumEngine):
+        def estimate_priors(self, infrared, visible):
+            if visible.mean() == 200:
+                raise RuntimeError("no memory left")
+            return super().estimate_priors(infrared, visible)
+
+    fuse = Fuse(Fails(), PriorsConfig(every_frames=1, smoothing=0.25, scene_change=12), background=True)
+    for level, done in ((20, 1), (200, 1), (204, 2)):
+        fuse(aligned(level))
+        deadline = time.monotonic() + 20
+        while fuse.keeper.updates + fuse.keeper.failures < done + (level > 20) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    fuse.close()
+    assert (fuse.keeper.updates, fuse.keeper.failures) == (2, 1)
+    now = fuse.keeper.priors(*pictures_of(aligned(204)), (True, True), 3)
+    assert now.semantic[0, 0] == pytest.approx(204 / 255, abs=1e-6)
+    assert [record.getMessage() for record in caplog.records] == [fuse.keeper.first_failure]
 
 
 def test_a_missing_camera_is_black_and_has_no_readout():
