@@ -13,12 +13,12 @@ import hashlib
 import importlib.metadata
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from threading import Condition, Event
+from threading import Condition, Event, Thread
 from typing import Any
 
 import numpy as np
@@ -29,13 +29,14 @@ from engines.selection import create_engine
 from pipeline.capture import RECYCLE_S, Capture
 from pipeline.clock import ClockWatch
 from pipeline.config import EngineConfig, RigConfig, Source, SyncConfig
-from pipeline.errors import SourceError
+from pipeline.errors import PublishError, SourceError
 from pipeline.frame import AlignedPair, Camera, Frame, FramePair, FusedFrame
 from pipeline.fuse import Begun, Fuse
 from pipeline.gain import InfraredGain
 from pipeline.publish import PublishContext, Publisher
 from pipeline.record import BackgroundVideo
 from pipeline.recording import inputs_of, path_of, picture_size, refuse_overwriting
+from pipeline.redaction import redact
 from pipeline.register import Register
 from pipeline.sources.opening import open_source
 from pipeline.sync import Sync
@@ -49,6 +50,9 @@ STANDING_NS = 100_000_000  # where pairs wait all this time, it is no hiccup: th
 LAST_PICTURE_S = 0.5  # at the end, what is in the network may still be published
 VISIBLE_PATIENCE_NS = 3_000_000_000  # at the start: longer than a camera takes to send its first key frame
 IDLE_S = 0.05  # how often the flow looks up when no frame comes
+HUNG_S = 10.0  # without an answer, or five times as long as the picture before took: the engine hangs
+HUNG_TIMES = 5.0
+CLOSE_ENGINE_S = 3.0  # for an engine that is replaced: one that hangs may never return from its `close`
 CAMERAS: tuple[Camera, Camera] = ("infrared", "visible")
 
 
@@ -172,6 +176,11 @@ class LivePipeline:
         self._waiting_since_ns: int | None = None  # that there always was one
         self._running: deque[_Running] = deque()  # in the network, oldest first
         self._finished_pair: FramePair | None = None  # the newest
+        self._unanswered_s = 0.0  # how long the network has been silent
+        self._last_answer_s = 0.0  # how long the newest picture took
+        self._turned_ns = 0
+        self._overloaded = 0  # drops for want of time, as the last header told
+        self._replaced = False  # the engine failed while it ran
         self._ledger = FrameLedger(self.telemetry)
         self._gain = InfraredGain(config.gain)
         with ExitStack() as undo:
@@ -191,12 +200,18 @@ class LivePipeline:
                 camera: Capture(sources[camera], self._inbox.put, config.capture, recycle_s(sections[camera]))
                 for camera in CAMERAS
             }
-            self._publisher = Publisher(config.publish, config.rig, health=self._health, on_published=self._published)
+            self._publisher = Publisher(
+                config.publish,
+                config.rig,
+                health=self._health,
+                on_published=self._published,
+                on_failure=self._note_logged,
+            )
             undo.callback(self._publisher.close)
             self._video: BackgroundVideo | None = None
             if config.output.video:
                 rate_hz = getattr(config.visible, "rate_hz", None) or 25.0
-                self._video = BackgroundVideo(config.output.video, rate_hz)
+                self._video = BackgroundVideo(config.output.video, rate_hz, self.telemetry.fallback)
                 undo.callback(self._video.close)
             self._engine = engine or engine_for(for_frames(config.engine))
             self._engine_sha = engine_sha256(self._engine)
@@ -218,7 +233,13 @@ class LivePipeline:
         self._stop.set()
 
     def run(self, duration_s: float | None = None) -> dict[str, Any]:
-        """Runs until `stop`, the end of both recordings, or `duration_s`, and returns the report."""
+        """Runs until `stop`, the end of both recordings, or `duration_s`, and returns the report.
+
+        Raises:
+            SourceError: a recording could not be read to its end. `report` still tells of all that was done.
+            PublishError: the publisher failed for good, so the run was ended. The same holds.
+            EngineError: the last runtime failed.
+        """
         self._started_ns = time.monotonic_ns()
         try:
             self._warm_up()
@@ -231,11 +252,15 @@ class LivePipeline:
                 self._turn()
                 if all(capture.state == "ended" or capture.failure for capture in self._captures.values()):
                     break
+                if self._publisher.failure is not None:
+                    break
         finally:
             self._shut_down()
         for camera, capture in self._captures.items():
             if capture.failure is not None:  # of a recording; a camera is called back for ever
                 raise SourceError(f"{camera}: {capture.failure}")
+        if self._publisher.failure is not None:
+            raise PublishError(self._publisher.failure)
         return self.report()
 
     def report(self) -> dict[str, Any]:
@@ -303,6 +328,21 @@ class LivePipeline:
         self._drop_standing()
         while self._running and self._running[0].begun.done:
             self._finish(self._running.popleft())
+        self._judge_engine()
+        self._note_fallbacks()
+
+    def _judge_engine(self) -> None:
+        """Replaces an engine that hangs. A pause of this very process is not held against it, nor is a compilation."""
+        now_ns = time.monotonic_ns()
+        turn_s, self._turned_ns = (now_ns - self._turned_ns) / 1e9, now_ns
+        if not self._running or not self._fuse.served(self._running[0].begun):
+            self._unanswered_s = 0.0
+            return
+        self._unanswered_s += min(turn_s, 2 * IDLE_S)
+        if self._unanswered_s > max(HUNG_S, HUNG_TIMES * self._last_answer_s):
+            error = EngineError(f"the engine hangs: no picture in {self._unanswered_s:.0f} s")
+            self._unanswered_s = 0.0
+            self._recover(error, list(self._running), self._running[0].begun.index)
 
     def _drop_standing(self) -> None:
         """Drops all but the newest pair that waits, where they have become a queue that stands.
@@ -369,6 +409,7 @@ class LivePipeline:
         pair = running.pair
         fused = self._finished(running)
         now_ns = time.monotonic_ns()
+        self._unanswered_s, self._last_answer_s = 0.0, (now_ns - running.registered_ns) / 1e9
         reference = pair.visible or pair.infrared
         assert reference is not None
         times = {
@@ -385,7 +426,7 @@ class LivePipeline:
         self._finished_pair = pair
         self.telemetry.fused_frame(fused.mode, now_ns)
         self._first_fused_ns = self._first_fused_ns or now_ns
-        self._publisher.publish(fused, self._context())
+        self._publisher.publish(fused, self._context(fused))
         if self._video is not None:
             self._video.write(fused.image, pair.captured_ns)
         if self._on_fused is not None:
@@ -455,8 +496,7 @@ class LivePipeline:
         self._fuse.close()
         self._earlier_updates += self._fuse.keeper.updates
         self._earlier_failures += self._fuse.keeper.failures
-        with suppress(Exception):
-            self._engine.close()
+        _close_within(self._engine, CLOSE_ENGINE_S)
         for runtime in ("openvino", "pytorch") if failed in ("tensorrt", "compile") else ("pytorch",):
             config = self.config.engine.model_copy(update={"runtime": runtime, "precision": "auto"})
             try:
@@ -468,8 +508,8 @@ class LivePipeline:
                 continue
             break
         line = f"{failed} failed while running ({reason}): {self._engine.description.runtime} serves from now on"
-        log.warning(line)
         self.telemetry.fallback(line)
+        self._replaced = True
         self._engine_sha = engine_sha256(self._engine)
         self._fuse = self._new_fuse(self._fuse.index)
 
@@ -484,26 +524,40 @@ class LivePipeline:
             first_index=first_index,
         )
 
+    def _note_logged(self, line: str) -> None:
+        self.telemetry.fallback(line, logged=True)
+
     def _note_fallbacks(self) -> None:
-        for line in fallbacks_of(self._engine):
-            self.telemetry.fallback(line)
+        for line in [*fallbacks_of(self._engine), self._fuse.keeper.first_failure]:
+            if line is not None:
+                self._note_logged(line)
 
     def _note_faults(self) -> None:
-        for capture in self._captures.values():
+        for camera, capture in self._captures.items():
             if capture.fault is not None:
-                self.telemetry.fallback(capture.fault)
+                self._note_logged(capture.fault)
+            if capture.failure is not None:
+                self._note_logged(f"the {camera} recording cannot be read to its end: {redact(str(capture.failure))}")
 
-    def _context(self) -> PublishContext:
-        return PublishContext(
-            engine=self._engine.description,
-            engine_sha=self._engine_sha,
-            diffusion_steps=self.config.engine.diffusion_steps,
-            seed=NOISE_SEED,
-            calibration_sha=self._register.calibration_sha256,
-            warp=self._register.correction,
+    def _context(self, fused: FusedFrame) -> PublishContext:
+        captured = {camera: sum(capture.dropped.values()) for camera, capture in self._captures.items()}
+        in_fuse = self.telemetry.dropped("fuse")
+        overloaded = in_fuse.get("overload", 0) + sum(captured.values())
+        flags = {
+            "overload": overloaded > self._overloaded,
+            "ffc": fused.mode in ("held", "vis_only") and self._cameras()["infrared"]["state"] == "shutter",
+            "degraded_model": self._replaced,
+        }
+        self._overloaded = overloaded
+        return publish_context(
+            self._engine,
+            self._engine_sha,
+            self.config.engine,
+            self._register,
             clock_offset_ns=self._sync.offset_ns,
             clock_drift_ppm=self._clock.drift_ppm if self._clock is not None else {},
-            drops={camera: sum(capture.dropped.values()) for camera, capture in self._captures.items()},
+            drops={**captured, "sync": total_of(self._sync.dropped), "fuse": sum(in_fuse.values())},
+            flags=tuple(name for name, it_is in flags.items() if it_is),
         )
 
     def _published(self, fused: FusedFrame, sent_ns: int) -> None:
@@ -522,7 +576,15 @@ class LivePipeline:
         return {
             "cameras": self._cameras(),
             "fused": self.telemetry.fused,
-            "fps": self.telemetry.fps(),
+            "fps": self.telemetry.recent_fps(time.monotonic_ns()),
+            "dropped": {
+                "sync": {
+                    f"{camera}_{reason}": count
+                    for camera, reasons in self._sync.dropped.items()
+                    for reason, count in dict(reasons).items()
+                },
+                "fuse": self.telemetry.dropped("fuse"),
+            },
             "registration": self._register.report(),
             "fallbacks": list(self.telemetry.fallbacks),
         }
@@ -553,16 +615,13 @@ class LivePipeline:
         if self._video is not None:
             self._video.close()
             self.telemetry.drop("video", "too_slow", self._video.dropped)
-            if self._video.failure:
-                self.telemetry.fallback(self._video.failure)
         self._engine.close()
         self._note_faults()
         self._settle_counters()
 
     def _settle_counters(self) -> None:
         self._ended = self._cameras()
-        for reason, count in self._publisher.statistics()["dropped"].items():
-            self.telemetry.drop("publish", reason, count)
+        book_publisher(self.telemetry, self._publisher)
         for camera in CAMERAS:
             for stage, reasons in (("capture", self._ended[camera]["dropped"]), ("sync", self._sync.dropped[camera])):
                 for reason, count in reasons.items():
@@ -580,6 +639,47 @@ def with_rig_offset(config: SyncConfig, register: Register) -> SyncConfig:
         "infrared_drift_ppm": config.infrared_drift_ppm + rig.drift_ppm,
     }
     return config.model_copy(update=clocks)
+
+
+def publish_context(
+    engine: FusionEngine, engine_sha: str, config: EngineConfig, register: Register, **more: Any
+) -> PublishContext:
+    """What a header says beyond its frame, in a live run and in a replay."""
+    return PublishContext(
+        engine=engine.description,
+        engine_sha=engine_sha,
+        diffusion_steps=config.diffusion_steps,
+        seed=NOISE_SEED,
+        calibration_sha=register.calibration_sha256,
+        warp=register.correction,
+        **more,
+    )
+
+
+def book_publisher(telemetry: Telemetry, publisher: Publisher) -> None:
+    """Books what was not published by a publisher that has closed."""
+    statistics = publisher.statistics()
+    for reason, count in statistics["dropped"].items():
+        telemetry.drop("publish", reason, count)
+    # These are messages, not frames: other subscribers may have got the same frame.
+    telemetry.drop("messages", "slow_subscriber", statistics["slow_subscriber"])
+    for stream, count in statistics["unsent"].items():
+        telemetry.drop("messages", stream, count)
+
+
+def total_of(dropped: Mapping[Camera, Counter[str]]) -> int:
+    """Frames of both cameras."""
+    return sum(reasons.total() for reasons in dropped.values())
+
+
+def _close_within(engine: FusionEngine, patience_s: float) -> None:
+    def close() -> None:
+        with suppress(Exception):
+            engine.close()
+
+    closing = Thread(target=close, name="engine-closer", daemon=True)
+    closing.start()
+    closing.join(patience_s)
 
 
 def expected_size(config: RigConfig, register: Register) -> tuple[int, int] | None:

@@ -41,7 +41,7 @@ MAX_PAYLOAD_BYTES = 64 << 20
 
 STREAMS = ("fused", "ir", "vis", "mask", "calib", "health", "event", "schema")
 CODECS = ("raw", "jpeg", "jxl", "msg")
-MODES = ("fused", "ir_only", "vis_only", "held", "stub")  # stub: the message shows no picture
+MODES = ("fused", "ir_only", "vis_only", "held", "stub")  # stub: no picture; of health and events: none comes
 
 WIRE_CRC = 1 << 0
 WIRE_SHARED_MEMORY = 1 << 1
@@ -51,12 +51,12 @@ WIRE_KEYFRAME = 1 << 2
 STATE_FLAGS = (
     "stale_ir",
     "stale_vis",
-    "ffc",
-    "corrupt",
+    "ffc",  # flat field correction: the infrared camera's shutter is closed
+    "corrupt",  # reserved
     "suspect",
-    "unsynced",
+    "unsynced",  # reserved
     "uncalibrated",
-    "degraded_model",
+    "degraded_model",  # the engine failed while it ran, and another one serves
     "overload",
     "clock_step",
 )
@@ -170,7 +170,7 @@ class Header(msgspec.Struct, frozen=True, omit_defaults=True, kw_only=True):
 
     # performance
     latency_us: dict[str, int] = msgspec.field(name="lat", default_factory=dict)  # by stage, and "total"
-    drops: dict[str, int] = {}  # frames lost since the start, by stage
+    drops: dict[str, int] = {}  # lost since the start: infrared, visible, sync (camera frames), fuse (pairs), publish
 
     shared_memory: SharedMemory | None = msgspec.field(name="shm", default=None)
 
@@ -191,13 +191,13 @@ class Health(msgspec.Struct, frozen=True, kw_only=True):
     """The payload of `health`, at least once a second even without cameras: silence means a dead process."""
 
     uptime_us: int
-    mode: str
+    mode: str  # of the newest picture; "stub" where none has come for a second
     published: int  # fused frames since the start
     sent: dict[str, int]  # messages by stream/codec
     dropped: dict[str, int]  # fused frames not published, by reason
     subscriptions: list[str]  # topic prefixes that somebody asks for
     cameras: dict[str, Any] = {}  # as the pipeline tells it, camera -> state
-    details: dict[str, Any] = {}  # whatever else the pipeline tells
+    details: dict[str, Any] = {}  # whatever else the pipeline tells: fps of the last 5 s, dropped, fallbacks, ...
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):

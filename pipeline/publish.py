@@ -14,6 +14,7 @@ import logging
 import os
 import random
 import stat
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -39,12 +40,16 @@ from pipeline.handover import HandoverClosed, Latest, Queue
 log = logging.getLogger(__name__)
 
 HEALTH_PERIOD_S = 1.0
+STUB_AFTER_S = 1.0  # without a new picture, or after two periods of a slower rig: the last mode is no longer true
+STUB_LATEST_S = 10.0
 POLL_S = 0.02  # how long a new subscription may wait for the thread to notice it
 SLOW_SUBSCRIBER_S = 2.0  # lossless: how long a full subscriber may hold the replay or its end back, then it has gaps
 FLUSH_S = 0.2  # at an orderly end, for the last messages; a stopped subscriber costs us this and no more
 LAST_READ_S = 2.0  # lossless: at the end, for subscribers to read what is under way, or until the last one has gone
 LOSSLESS_BUFFER_BYTES = 256 << 10  # the system's own choice of 4 MB holds seconds that a slow reader is behind
 COPY_BELOW_BYTES = 64 << 10  # below, handing ZeroMQ a reference costs more than the copy (pyzmq issue 1032)
+CLOSE_S = 0.2  # live: for what waits at the end
+STUCK_S = 1.0  # for the thread to come back, where it does not
 MAX_SUBSCRIPTIONS = 4096  # prefixes remembered; beyond, somebody is playing
 
 
@@ -58,8 +63,7 @@ class PublishContext:
     seed: int = 0
     calibration_sha: str = ""
     warp: tuple[float, ...] | None = None  # 3x3, row by row
-    reprojection_px: float | None = None
-    drops: Mapping[str, int] = field(default_factory=dict)  # frames lost since the start, by stage
+    drops: Mapping[str, int] = field(default_factory=dict)  # lost since the start, by stage; "publish" is added
     clock_offset_ns: Mapping[str, int] = field(default_factory=dict)  # camera -> what was taken off its capture times
     clock_drift_ppm: Mapping[str, float] = field(default_factory=dict)  # camera -> estimated, where one is known
     flags: tuple[str, ...] = ()  # of messages.STATE_FLAGS, beyond those that the frame itself tells
@@ -146,6 +150,7 @@ class Publisher:
         timeline: Literal["monotonic", "recording"] | None = None,
         health: Callable[[], dict[str, Any]] | None = None,
         on_published: Callable[[FusedFrame, int], None] | None = None,
+        on_failure: Callable[[str], None] = lambda line: None,
     ) -> None:
         """Opens the endpoint and starts publishing health.
 
@@ -157,6 +162,7 @@ class Publisher:
                 recording, which is then laid at the moment of construction. None: recording if lossless.
             health: asked once a second for the state of the cameras; its "cameras" entry and all others are sent.
             on_published: called in the publisher's thread as (fused, time.monotonic_ns() after its last message).
+            on_failure: called with one line, already logged, the first time that frames or data cannot be published.
 
         Raises:
             ConfigError: an endpoint that leaves this machine without keys, or keys that cannot be used.
@@ -168,6 +174,8 @@ class Publisher:
         self._recording = (timeline or ("recording" if lossless else "monotonic")) == "recording"
         self._health = health
         self._on_published = on_published
+        self._on_failure = on_failure
+        self.failure: str | None = None  # why nothing is published any more
         self.session = random.SystemRandom().getrandbits(53)  # 53 bits are exact in JavaScript too
         self._clock = UtcClock()
         self._started_ns = time.monotonic_ns()
@@ -178,7 +186,9 @@ class Publisher:
         self._events: deque[messages.Event] = deque(maxlen=64)
         self._lock = threading.Lock()
         self._sequences: Counter[str] = Counter()
-        self._mode: Mode | None = None
+        self._mode: Mode | Literal["stub"] | None = None  # None before the first picture
+        self._newest_ns = 0  # when the newest picture came, or was sent
+        self._stub_after_s = STUB_AFTER_S
         self._stopping = threading.Event()
         self._closed = False
         self._patient = True
@@ -189,6 +199,7 @@ class Publisher:
         self._sent_bytes = 0
         self._encoded: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
+        self._unsent: Counter[str] = Counter()
         self._seen_replaced = 0
         self._slow = False
         self._stages: dict[str, deque[float]] = {
@@ -230,14 +241,21 @@ class Publisher:
             for stream in self._streams(fused):
                 sequences[stream] = self._sequences[stream]
                 self._sequences[stream] += 1
-            before, self._mode = self._mode, fused.mode
-        if before is not None and before != fused.mode:
-            self.event("mode", f"{before} -> {fused.mode}", before=before, after=fused.mode, frame=fused.index)
-        work = _Work(fused, context or PublishContext(), sequences, time.monotonic_ns())
+            now_ns = time.monotonic_ns()
+            self._stub_after_s = patience_s((now_ns - (self._newest_ns or now_ns)) / 1e9)
+            self._newest_ns = now_ns
+            self._change_mode(fused.mode, frame=fused.index)
+        work = _Work(fused, context or PublishContext(), sequences, now_ns)
         try:
             self._handover.put(work)
         except HandoverClosed:
             self._count_closed()
+
+    def _change_mode(self, mode: Mode | Literal["stub"], **details: Any) -> None:
+        """Notes the mode, and tells of a change; called with the lock held, so that the events keep their order."""
+        before, self._mode = self._mode, mode
+        if before is not None and before != mode:
+            self.event("mode", f"{before} -> {mode}", before=before, after=mode, **details)
 
     def event(self, kind: str, text: str, **details: Any) -> None:
         """Tells subscribers of `event` that something happened. Never waits."""
@@ -259,7 +277,8 @@ class Publisher:
         """Counts since the start, and percentiles of the newest 2048 frames.
 
         `accepted = published + sum(dropped) + waiting`; `dropped` is by reason: replaced (live: the thread was
-        busy), closed, error. `slow_subscriber` counts messages, not frames, and lossless only.
+        busy), closed, error. `slow_subscriber` counts messages, not frames, and lossless only; `unsent` counts
+        messages of health, event and schema that could not be made, by stream.
         """
         with self._lock:
             dropped = dict(self._dropped)
@@ -271,6 +290,7 @@ class Publisher:
                 "published": self._published,
                 "dropped": dropped,
                 "slow_subscriber": slow,
+                "unsent": dict(self._unsent),
                 "sent": dict(self._sent),
                 "sent_bytes": self._sent_bytes,
                 "encoded": dict(self._encoded),
@@ -279,9 +299,11 @@ class Publisher:
             }
 
     def close(self, patient: bool = True) -> None:
-        """Sends `stopping`, and closes within 0.5 s; what waits longer is counted as dropped.
+        """Sends `stopping`, and closes; what waits for longer than 0.2 s is counted as dropped.
 
-        Lossless: first sends what waits, for at most 5 s, and, if `patient`, gives subscribers 2 s to read it.
+        The frame that is being sent is finished, and subscribers that do not read have 0.2 s more. A thread that has
+        not ended after 1.2 s is stuck: it is left behind with its socket, and that is told.
+        Lossless: what waits is sent, for at most 5 s instead of 0.2, and subscribers have 2 s to read it if `patient`.
         """
         with self._lock:
             if self._closed:
@@ -290,16 +312,22 @@ class Publisher:
         self._patient = patient
         self.event("stopping", f"rig {self._rig} stops publishing")
         self._handover.close()  # what waits is still sent
-        self._thread.join(timeout=5.0 if self._lossless else 0.2)
+        self._thread.join(timeout=5.0 if self._lossless else CLOSE_S)
         self._stopping.set()
-        self._thread.join(timeout=1.0)
+        self._thread.join(timeout=STUCK_S)
         with suppress(HandoverClosed, TimeoutError):
             while self._handover.take(0) is not None:  # there was no time for it
                 self._count_closed()
         if self._authenticator is not None:
             self._authenticator.stop()
-        if self._zmq is not None:
-            self._zmq.term()
+        if self._thread.is_alive():
+            self._fail("the publisher is stuck: it is left behind at the end")
+        elif self._zmq is not None:
+            self._zmq.term()  # waits for a socket that is open, and only its own thread may close that
+
+    def _fail(self, line: str) -> None:
+        log.error("%s", line, exc_info=sys.exception())
+        self._on_failure(line)
 
     def _count_closed(self) -> None:
         with self._lock:
@@ -314,9 +342,11 @@ class Publisher:
             self._send_events()  # the last one says that this is the end
             if self._lossless and self._patient:
                 self._let_subscribers_read()
-        except Exception:
-            log.exception("the publisher's thread ended")
+        except Exception as error:
+            self.failure = f"nothing is published any more: the publisher failed ({type(error).__name__}: {error})"
+            self._fail(self.failure)
         finally:
+            self._handover.close()  # who waits for room is let go
             if self._socket is not None:
                 flush_s = SLOW_SUBSCRIBER_S if self._lossless and self._patient else FLUSH_S
                 self._socket.close(linger=round(1000 * flush_s))
@@ -327,11 +357,18 @@ class Publisher:
         with suppress(HandoverClosed):
             while not self._stopping.is_set():
                 work = self._next_work()
-                self._read_subscriptions()
-                self._follow_clock()
-                self._send_events()
+                try:
+                    self._read_subscriptions()
+                    self._follow_clock()
+                    self._send_events()
+                except Exception:
+                    if work is not None:  # this is the end, and the frame in our hands is lost with it
+                        self._count_closed()
+                    raise
                 if work is not None:
                     self._publish_safely(work)
+                else:
+                    self._judge_mode()
                 now = time.monotonic()
                 if now >= next_health:
                     next_health = now + HEALTH_PERIOD_S
@@ -361,7 +398,7 @@ class Publisher:
             with self._lock:
                 self._dropped["error"] += 1
             if self._dropped["error"] == 1:
-                log.exception("a frame could not be published")
+                self._fail(f"a frame could not be published: {type(error).__name__}: {error}")
                 self.event("error", f"a frame could not be published: {error}")
 
     def _publish(self, work: _Work) -> None:
@@ -383,6 +420,7 @@ class Publisher:
         sent_ns = time.monotonic_ns()
         with self._lock:
             self._published += 1
+            self._newest_ns = sent_ns
             self._seen_replaced = self._handover.dropped
             self._stages["publish_wait"].append((taken_ns - work.handed_over_ns) / 1e6)
             self._stages["encode"].append(encode_ns / 1e6)
@@ -455,7 +493,6 @@ class Publisher:
             priors_age_frames=fused.priors_age_frames,
             calibration_sha=context.calibration_sha,
             warp=context.warp,
-            reprojection_px=context.reprojection_px,
             degradation={
                 camera: {kind: float(share) for kind, share in kinds.items()}
                 for camera, kinds in fused.degradation.items()
@@ -471,6 +508,7 @@ class Publisher:
         state = {
             "stale_ir": fused.mode in ("held", "vis_only"),
             "stale_vis": fused.mode == "ir_only",
+            "ffc": pair.infrared is not None and pair.infrared.frozen,
             "suspect": any(frame is not None and frame.suspect for frame in (pair.infrared, pair.visible)),
             "uncalibrated": not fused.aligned.calibrated,
             "overload": self._handover.dropped > self._seen_replaced,
@@ -489,6 +527,13 @@ class Publisher:
             return None
         since_ns = (frame.arrived_ns or now_ns) if self._recording else frame.captured_ns
         return (now_ns - since_ns) // 1000
+
+    def _judge_mode(self) -> None:
+        """Tells that no pictures come any more."""
+        with self._lock:
+            silent_s = (time.monotonic_ns() - self._newest_ns) / 1e9
+            if self._mode is not None and silent_s > self._stub_after_s:
+                self._change_mode("stub")
 
     def _follow_clock(self) -> None:
         stepped_ns = self._clock.follow()
@@ -540,6 +585,18 @@ class Publisher:
                 self._send_data("event", event)
 
     def _send_data(self, stream: str, data: Any) -> None:
+        """Sends one message; one that cannot be made is counted and told, and the pictures go on."""
+        try:
+            self._send_packed(stream, data)
+        except zmq.ZMQError:
+            raise  # the socket is of no more use
+        except Exception as error:
+            with self._lock:
+                self._unsent[stream] += 1
+            if self._unsent[stream] == 1:
+                self._fail(f"{stream} could not be published: {type(error).__name__}: {error}")
+
+    def _send_packed(self, stream: str, data: Any) -> None:
         now_ns = self._clock.utc(time.monotonic_ns())
         header = messages.Header(
             rig=self._rig,
@@ -659,6 +716,11 @@ class Publisher:
         self._authenticator.configure_curve_callback("*", credentials_provider=self._guests)
         socket.setsockopt(zmq.CURVE_SECRETKEY, secret)
         socket.setsockopt(zmq.CURVE_SERVER, 1)
+
+
+def patience_s(period_s: float) -> float:
+    """How long after a picture the next one may come before there are none, where the last two were so far apart."""
+    return max(STUB_AFTER_S, min(2 * period_s, STUB_LATEST_S))
 
 
 def stream_picture(fused: FusedFrame, stream: str) -> np.ndarray:

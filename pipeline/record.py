@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from threading import Thread
@@ -120,9 +121,10 @@ class VideoFile:
             self._container = av.open(
                 str(self._part), "w", format=FORMATS[self.path.suffix.lower()], options={"fflags": "+bitexact"}
             )
+            stream = self._container.add_stream("libx264", rate=Fraction(self._rate_hz).limit_denominator(1001))
         except (av.FFmpegError, OSError) as error:
+            self.discard()
             raise self._cannot_write(error) from None
-        stream = self._container.add_stream("libx264", rate=Fraction(self._rate_hz).limit_denominator(1001))
         stream.width, stream.height = width + width % 2, height + height % 2
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = TIME_BASE
@@ -136,11 +138,12 @@ class BackgroundVideo:
     """A video file written in a thread of its own, so that an encoder or a disk never holds the live flow up.
 
     When the writer falls behind, the oldest waiting frame is dropped and counted. When it fails (a full disk), it
-    stops, keeps what was written, and says so in `failure`; fusion goes on.
+    stops, keeps what was written, and says so at once to `on_failure` and in `failure`; fusion goes on.
     """
 
-    def __init__(self, path: str | Path, rate_hz: float) -> None:
+    def __init__(self, path: str | Path, rate_hz: float, on_failure: Callable[[str], None] = lambda line: None) -> None:
         self._file = VideoFile(path, rate_hz, preset="ultrafast")
+        self._on_failure = on_failure
         self._slot: Latest[tuple[np.ndarray, int]] = Latest(slots=8)
         self.failure: str | None = None
         self._thread = Thread(target=self._write, name="video", daemon=True)
@@ -171,7 +174,11 @@ class BackgroundVideo:
         self._slot.close()
         self._thread.join(FINISH_S)
         if self._thread.is_alive() and self.failure is None:
-            self.failure = f"the video {self._file.path.name} was not finished within {FINISH_S:g} s: it may be lost"
+            self._fail(f"the video {self._file.path.name} was not finished within {FINISH_S:g} s: it may be lost")
+
+    def _fail(self, line: str) -> None:
+        self.failure = line
+        self._on_failure(line)
 
     def _write(self) -> None:
         try:
@@ -181,7 +188,10 @@ class BackgroundVideo:
                 except HandoverClosed:
                     break
             self._file.close()
-        except ConfigError as error:
-            self.failure = f"the video {self._file.path.name} was given up after {self._file.frames} frames: {error}"
-            with contextlib.suppress(ConfigError):
+        except Exception as error:  # an encoder may raise anything; whatever it was, somebody has to hear of it
+            reason = str(error) if isinstance(error, ConfigError) else f"{type(error).__name__}: {error}"
+            self._fail(f"the video {self._file.path.name} was given up after {self._file.frames} frames: {reason}")
+            try:
                 self._file.close()  # what was written is worth keeping, if its end still fits
+            except Exception:
+                self._file.discard()

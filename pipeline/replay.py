@@ -25,8 +25,18 @@ from pipeline.errors import SourceEnded, SourceError
 from pipeline.frame import Camera, Frame, FusedFrame
 from pipeline.fuse import Fuse
 from pipeline.gain import InfraredGain
-from pipeline.live import FrameLedger, describe_engine, engine_for, step_times, with_rig_offset
-from pipeline.publish import PublishContext, Publisher
+from pipeline.live import (
+    FrameLedger,
+    book_publisher,
+    describe_engine,
+    engine_for,
+    engine_sha256,
+    publish_context,
+    step_times,
+    total_of,
+    with_rig_offset,
+)
+from pipeline.publish import Publisher
 from pipeline.record import VideoFile
 from pipeline.recording import doubts, probe, refuse_other_size, refuse_overwriting, refuse_unlikely
 from pipeline.register import Register
@@ -82,6 +92,8 @@ def replay(
     refuse_unlikely(*infos)
     rate_hz = infos[1].rate_hz or infos[0].rate_hz or DEFAULT_RATE_HZ
     telemetry, account = Telemetry(), Account()
+    for line in doubts(*infos):
+        telemetry.fallback(line)
     with ExitStack() as stack:
         video = VideoFile(config.output, rate_hz) if config.output else None
         if video is not None:
@@ -94,10 +106,12 @@ def replay(
             config.rig,
             lossless=True,
             on_published=lambda *_: telemetry.published_frame(),
+            on_failure=lambda line: telemetry.fallback(line, logged=True),
         )
         stack.callback(publisher.close)
         engine = engine or engine_for(config.engine)
         stack.callback(engine.close)
+        engine_sha = engine_sha256(engine)
         fuse = Fuse(engine, config.priors, background=False, steady=config.steady)
         ledger = FrameLedger(telemetry)
         if on_start is not None:
@@ -105,7 +119,9 @@ def replay(
         sources = source_of(config.infrared, "infrared", rate_hz), source_of(config.visible, "visible", rate_hz)
         started_ns = time.monotonic_ns()
         infrared, visible = (grab_all(source) for source in sources)
-        pairs = pair_recordings(infrared, visible, with_rig_offset(config.sync, register), account)
+        sync = with_rig_offset(config.sync, register)
+        offset_ns = {"infrared": round(sync.infrared_offset_ms * 1e6), "visible": round(sync.visible_offset_ms * 1e6)}
+        pairs = pair_recordings(infrared, visible, sync, account)
         for pair in pairs:
             if stopped():
                 telemetry.pair(pair.mode, pair.skew_ms)
@@ -130,19 +146,29 @@ def replay(
             telemetry.fused_frame(fused.mode, time.monotonic_ns())
             if video is not None:
                 video.write(fused.image, pair.captured_ns)
-            publisher.publish(fused, PublishContext(engine.description, diffusion_steps=config.engine.diffusion_steps))
+            context = publish_context(
+                engine,
+                engine_sha,
+                config.engine,
+                register,
+                clock_offset_ns=offset_ns,
+                clock_drift_ppm={"infrared": sync.infrared_drift_ppm},
+                drops={"sync": total_of(account.dropped)},
+            )
+            publisher.publish(fused, context)
             if on_fused is not None:
                 on_fused(fused)
         if video is not None:
             video.close()
         publisher.close(patient=not stopped())
+        book_publisher(telemetry, publisher)
         for camera, reasons in account.dropped.items():
             for reason, count in reasons.items():
                 telemetry.drop("sync", f"{camera}_{reason}", count)
                 telemetry.frame_dropped(camera, "sync", reason, count)
         faults = [fault for source in sources if (fault := getattr(source, "fault", None))]
-        for line in [*fallbacks_of(engine), *doubts(*infos), *faults]:
-            telemetry.fallback(line)
+        for line in [*fallbacks_of(engine), *faults]:
+            telemetry.fallback(line, logged=True)
         return telemetry.report(
             {"infrared": account.captured["infrared"], "visible": account.captured["visible"]},
             engine=describe_engine(engine, fuse.psnr_db),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import threading
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,10 @@ import numpy as np
 
 from calibration.whole_file import written_whole
 from pipeline.errors import ConfigError
+
+log = logging.getLogger("dspfusion.telemetry")
+
+RECENT_NS = 5_000_000_000  # what health tells of the rate
 
 
 class Distribution:
@@ -58,6 +63,7 @@ class Telemetry:
         self.fallbacks: list[str] = []
         self._first_fused_ns = 0
         self._last_fused_ns = 0
+        self._recent_ns: deque[int] = deque()  # when the newest frames were fused
 
     def stage(self, name: str, milliseconds: float) -> None:
         """Notes how long one frame spent in a stage."""
@@ -76,6 +82,8 @@ class Telemetry:
             self.modes[mode] += 1
             self._first_fused_ns = self._first_fused_ns or now_ns
             self._last_fused_ns = now_ns
+            self._recent_ns.append(now_ns)
+            self._forget_old(now_ns)
 
     def published_frame(self) -> None:
         with self._lock:
@@ -87,6 +95,11 @@ class Telemetry:
             if count:
                 self._dropped[stage][reason] += count
 
+    def dropped(self, stage: str) -> dict[str, int]:
+        """What a stage has dropped so far, by reason."""
+        with self._lock:
+            return dict(self._dropped.get(stage, {}))
+
     def frame_used(self, camera: str, count: int = 1) -> None:
         """Counts a source frame that is in a fused picture (a held frame counts once, at its first use)."""
         with self._lock:
@@ -97,15 +110,32 @@ class Telemetry:
         with self._lock:
             self._lone_drops[camera][f"{stage}.{reason}"] += count
 
-    def fallback(self, line: str) -> None:
+    def fallback(self, line: str, logged: bool = False) -> None:
+        """Notes what the run has to do without. A line that is new is logged, unless its origin has `logged` it."""
         with self._lock:
-            if line not in self.fallbacks:
-                self.fallbacks.append(line)
+            if line in self.fallbacks:
+                return
+            self.fallbacks.append(line)
+        if not logged:
+            log.warning("%s", line)
 
     def fps(self) -> float:
         """Fused frames per second between the first and the last one."""
         span_s = (self._last_fused_ns - self._first_fused_ns) / 1e9
         return round((self.fused - 1) / span_s, 2) if self.fused > 1 and span_s > 0 else 0.0
+
+    def recent_fps(self, now_ns: int) -> float:
+        """Fused frames per second of the last 5 s; 0 when none came."""
+        with self._lock:
+            self._forget_old(now_ns)
+            if len(self._recent_ns) < 2:
+                return 0.0
+            span_s = max(1e-3, (now_ns - self._recent_ns[0]) / 1e9)
+            return round((len(self._recent_ns) - 1) / span_s, 2)
+
+    def _forget_old(self, now_ns: int) -> None:
+        while self._recent_ns and now_ns - self._recent_ns[0] > RECENT_NS:
+            self._recent_ns.popleft()
 
     def report(self, frames_in: dict[str, int], **more: Any) -> dict[str, Any]:
         """The run's report, with the keys that the design promises."""

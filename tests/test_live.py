@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +20,17 @@ from calibration.rig_file import save_rig
 from engines.base import EngineError
 from pipeline.client import Client
 from pipeline.config import RegistrationConfig, RigConfig, StreamSource
-from pipeline.errors import PublishError
+from pipeline.errors import PublishError, SourceError
 from pipeline.frame import FusedFrame
 from pipeline.gain import InfraredGain
 from pipeline.live import LivePipeline, expected_size
+from pipeline.record import BackgroundVideo
 from pipeline.register import Register
 from pipeline.sources.opening import open_source
 from pipeline.sources.synthetic import true_rig
 from pipeline.telemetry import Distribution, Telemetry, write_report
 from tests.rigs.engines import CountingEngine, MaximumEngine, RegisteringMaximumEngine
+from tests.rigs.publishing import wait_until
 from tests.rigs.recordings import write_video
 
 
@@ -57,6 +62,35 @@ def run_until(
 
     pipeline = LivePipeline(config or rig_config(), engine=engine or MaximumEngine(), on_fused=note)
     return pipeline.run(duration_s=90)
+
+
+@contextmanager
+def running(config: RigConfig | None = None, engine: MaximumEngine | None = None) -> Iterator[LivePipeline]:
+    """A rig that runs in a thread of its own until the block ends."""
+    pipeline = LivePipeline(config or rig_config(), engine=engine or MaximumEngine())
+    thread = threading.Thread(target=pipeline.run, args=(90,))
+    thread.start()
+    try:
+        yield pipeline
+    finally:
+        pipeline.stop()
+        thread.join(timeout=30)
+
+
+def first_told(client: Client, enough: Callable[[dict], bool]) -> dict:
+    """The first health of a rig that is enough."""
+    for message in client.all(timeout_s=30):
+        if enough(message.data()):
+            return message.data()
+    raise AssertionError("the rig fell silent")
+
+
+def spare_engine(monkeypatch: pytest.MonkeyPatch) -> MaximumEngine:
+    """What serves after an engine that has failed."""
+    spare = MaximumEngine()
+    spare.description = replace(spare.description, runtime="pytorch")
+    monkeypatch.setattr("pipeline.live.engine_for", lambda _: spare)
+    return spare
 
 
 def assert_every_frame_is_accounted_for(report: dict) -> None:
@@ -110,6 +144,60 @@ def test_an_engine_slower_than_the_cameras_drops_the_oldest_and_stays_current():
     # Two runs of the model, a frame period, the wait for a partner: 300 ms. A growing queue would be 2 s.
     assert report["latency_ms"]["capture_to_publish"]["p95"] < 1000
     assert_every_frame_is_accounted_for(report)
+
+
+def test_overload_is_told_while_the_rig_runs():
+    """The network takes 100 ms of the 40 ms between two frames: the headers and the health say what that costs."""
+    with running(engine=MaximumEngine(fuse_s=0.1)) as rig, Client(rig.endpoint, "test") as pictures:
+        for message in pictures.all(timeout_s=30):
+            header = message.header
+            if "overload" in header.flag_names and header.drops["fuse"] > 10:
+                break
+        assert header.drops.keys() == {"infrared", "visible", "sync", "fuse", "publish"}
+        with Client(rig.endpoint, "test", "health") as health:
+            told = first_told(health, lambda told: told["details"]["dropped"]["fuse"].get("overload", 0) > 10)
+        assert 0 < told["details"]["fps"] <= 10.5
+
+
+def test_a_picture_before_which_nothing_was_dropped_is_not_called_overloaded():
+    with running() as rig, Client(rig.endpoint, "test") as pictures:
+        headers = [message.header for _, message in zip(range(30), pictures.all(30), strict=False)]
+    for before, header in itertools.pairwise(headers):
+        lost = {stage for stage, count in header.drops.items() if count > before.drops[stage]} - {"sync"}
+        assert lost or "overload" not in header.flag_names
+
+
+def test_when_both_cameras_lose_power_health_says_that_no_pictures_come(monkeypatch: pytest.MonkeyPatch):
+    lost = threading.Event()
+
+    def opened(section, camera):
+        source = open_source(section, camera)
+        grab = source.grab
+
+        def until_lost():
+            if lost.is_set():
+                raise SourceError("the camera does not answer")
+            return grab()
+
+        source.grab = until_lost
+        return source
+
+    monkeypatch.setattr("pipeline.live.open_source", opened)
+    monkeypatch.setattr("pipeline.telemetry.RECENT_NS", 10**9)
+    with (
+        running() as rig,
+        Client(rig.endpoint, "test", "health") as health,
+        Client(rig.endpoint, "test", "event") as events,
+    ):
+        told = first_told(health, lambda told: told["mode"] == "fused")
+        assert told["details"]["fps"] > 5
+        lost.set()
+        told = first_told(health, lambda told: told["mode"] == "stub" and told["details"]["fps"] == 0)
+        assert told["details"]["fused"] > 0
+        for message in events.all(timeout_s=30):
+            if message.data()["details"].get("after") == "stub":
+                assert message.header.mode == "stub"
+                break
 
 
 def test_two_pictures_at_once_double_the_rate_and_keep_their_order():
@@ -216,6 +304,87 @@ def test_an_engine_whose_first_real_picture_is_not_pytorchs_is_replaced_and_repo
     assert report["fused"] > 10
 
 
+def test_an_engine_that_hangs_is_replaced_as_one_that_fails(monkeypatch: pytest.MonkeyPatch, caplog):
+    class Hangs(MaximumEngine):
+        def fuse(self, infrared, visible, priors):
+            if self.calls >= 20:
+                ended.wait(80)
+            return super().fuse(infrared, visible, priors)
+
+        def close(self):
+            ended.wait(80)
+
+    ended = threading.Event()
+    spare_engine(monkeypatch)
+    monkeypatch.setattr("pipeline.live.HUNG_S", 1.0)
+    monkeypatch.setattr("pipeline.live.CLOSE_ENGINE_S", 0.1)
+    indices: list[int] = []
+    try:
+        report = run_until(lambda modes: modes.total() > 30, engine=Hangs(), on_fused=lambda f: indices.append(f.index))
+    finally:
+        ended.set()
+    assert report["engine"]["runtime"] == "pytorch"
+    (line,) = report["fallbacks"]
+    assert line == "openvino failed while running (the engine hangs: no picture in 1 s): pytorch serves from now on"
+    assert [record.getMessage() for record in caplog.records].count(line) == 1
+    assert indices == list(range(len(indices)))
+    assert_every_frame_is_accounted_for(report)
+
+
+@pytest.mark.parametrize("at", ["the first picture", "any picture"])
+def test_an_engine_that_is_slow_or_has_to_compile_does_not_pass_for_one_that_hangs(monkeypatch, at: str):
+    """A second for the first picture of a size, or for each, where an engine hangs after 0.3 s without an answer."""
+
+    class Slow(MaximumEngine):
+        def fuse(self, infrared, visible, priors):
+            lone = not visible.any() or not infrared.any()
+            if at == "any picture" or (not lone and not seen):
+                time.sleep(1)
+                seen.append(True)
+            return super().fuse(infrared, visible, priors)
+
+    seen: list[bool] = []
+    monkeypatch.setattr("pipeline.live.HUNG_S", 0.3)
+    monkeypatch.setattr("pipeline.live.expected_size", lambda *_: None)
+    report = run_until(lambda modes: modes.total() > 4, engine=Slow())
+    assert report["engine"]["runtime"] == "openvino"
+    assert report["fallbacks"] == []
+
+
+def test_pictures_of_an_engine_that_took_the_place_of_a_failed_one_say_so(monkeypatch: pytest.MonkeyPatch):
+    spare_engine(monkeypatch)
+    with running(engine=MaximumEngine(fails_at=20)) as rig, Client(rig.endpoint, "test") as pictures:
+        for message in pictures.all(timeout_s=30):
+            assert ("degraded_model" in message.header.flag_names) == (message.header.runtime == "pytorch")
+            if message.header.runtime == "pytorch":
+                break
+
+
+def test_priors_that_cannot_be_estimated_are_told_once_while_the_frames_go_on(caplog):
+    class Forgetful(MaximumEngine):
+        def estimate_priors(self, infrared, visible):
+            if self.estimates >= 2:
+                raise EngineError("no memory left")
+            return super().estimate_priors(infrared, visible)
+
+    config = rig_config(priors={"every_frames": 2})
+    with running(config, Forgetful()) as rig:
+        wait_until(lambda: rig.telemetry.fallbacks and rig.report()["priors"]["failures"] > 2)
+        line = "priors could not be estimated (no memory left): the frames go on with older ones"
+        assert rig.telemetry.fallbacks == [line]
+        assert [record.getMessage() for record in caplog.records].count(line) == 1
+
+
+def test_held_pictures_of_a_closed_shutter_say_so():
+    config = rig_config(infrared={"shutter_every_s": 2.0, "shutter_s": 0.6})
+    with running(config) as rig, Client(rig.endpoint, "test") as pictures:
+        for message in pictures.all(timeout_s=60):
+            closed = "ffc" in message.header.flag_names
+            assert not closed or message.header.mode in ("held", "vis_only")
+            if closed:
+                break
+
+
 def test_a_shutter_freeze_is_never_published_as_fused():
     config = rig_config(infrared={"shutter_every_s": 2.0, "shutter_s": 0.6})
     ages = []
@@ -229,6 +398,83 @@ def test_a_shutter_freeze_is_never_published_as_fused():
     )
     assert max(ages) <= 1.5 * 40
     assert report["modes"]["held"] + report["modes"]["vis_only"] > 5
+    assert_every_frame_is_accounted_for(report)
+
+
+def test_a_video_that_fails_is_told_at_once_and_fusion_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog):
+    def full(file, image, time_ns):
+        if file.frames == 5:
+            raise RuntimeError("the encoder broke")
+        write(file, image, time_ns)
+
+    write = BackgroundVideo.__init__.__globals__["VideoFile"].write
+    monkeypatch.setattr("pipeline.record.VideoFile.write", full)
+    with running(rig_config(output={"video": str(tmp_path / "fused.mp4")})) as rig:
+        wait_until(lambda: rig.telemetry.fallbacks)
+        fused = rig.telemetry.fused
+        wait_until(lambda: rig.telemetry.fused > fused + 5)
+        line = "the video fused.mp4 was given up after 5 frames: RuntimeError: the encoder broke"
+        assert rig.telemetry.fallbacks == [line]
+        assert [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING].count(line) == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["fused.mp4"]
+
+
+def test_a_video_without_an_encoder_is_told_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("av.container.OutputContainer.add_stream", None, raising=False)
+    told: list[str] = []
+    video = BackgroundVideo(tmp_path / "fused.mp4", 25.0, told.append)
+    video.write(np.zeros((48, 64, 3), np.uint8), 0)
+    wait_until(lambda: told)
+    video.close()
+    assert told == [video.failure]
+    assert "given up after 0 frames" in told[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dies", ["infrared", "visible"])
+def test_a_recording_that_fails_on_the_way_ends_the_run_with_an_error_and_its_report_is_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dies: str
+):
+    def opened(section, camera):
+        source = open_source(section, camera)
+        grab = source.grab
+
+        def until_it_fails():
+            frame = grab()
+            if camera == dies and frame.index == 8:
+                raise SourceError("the disk does not answer")
+            return frame
+
+        source.grab = until_it_fails
+        return source
+
+    monkeypatch.setattr("pipeline.live.open_source", opened)
+    names = {"infrared": write_video(tmp_path / "ir.mkv", colour=False), "visible": write_video(tmp_path / "vis.mkv")}
+    config = RigConfig.model_validate(
+        {camera: {"kind": "stream", "url": str(path)} for camera, path in names.items()} | {"publish": {"endpoint": ""}}
+    )
+    pipeline = LivePipeline(config, engine=MaximumEngine())
+    with pytest.raises(SourceError, match=f"{dies}: the disk does not answer"):
+        pipeline.run(30)
+    report = pipeline.report()
+    assert report["fallbacks"] == [f"the {dies} recording cannot be read to its end: the disk does not answer"]
+    assert report["frames_in"] == {"ir": 8 if dies == "infrared" else 12, "vis": 8 if dies == "visible" else 12}
+    assert report["fused"] > 0
+    assert_every_frame_is_accounted_for(report)
+
+
+def test_a_rig_whose_publisher_dies_ends_with_an_error_instead_of_going_on_mute(monkeypatch: pytest.MonkeyPatch):
+    def dies() -> None:
+        if pipeline.telemetry.published > 10:
+            raise RuntimeError("out of descriptors")
+
+    pipeline = LivePipeline(rig_config(), engine=MaximumEngine())
+    monkeypatch.setattr(pipeline._publisher, "_read_subscriptions", dies)
+    with pytest.raises(PublishError, match=r"nothing is published any more.*out of descriptors"):
+        pipeline.run(90)
+    report = pipeline.report()
+    assert any("out of descriptors" in line for line in report["fallbacks"])
+    assert report["fused"] == report["published"] + sum(report["dropped"].get("publish", {}).values())
     assert_every_frame_is_accounted_for(report)
 
 
@@ -411,6 +657,25 @@ def test_percentiles_are_exact_to_one_percent():
         distribution.add(value)
     assert distribution.percentile(0.5) == pytest.approx(500, rel=0.011)
     assert distribution.percentile(0.99) == pytest.approx(990, rel=0.011)
+
+
+def test_the_rate_of_the_last_seconds_forgets_what_was_before(monkeypatch: pytest.MonkeyPatch):
+    second, telemetry = 10**9, Telemetry()
+    for number in range(250):  # 25 a second for ten seconds
+        telemetry.fused_frame("fused", number * second // 25)
+    assert telemetry.recent_fps(10 * second) == pytest.approx(25, rel=0.02)
+    assert telemetry.recent_fps(12 * second) == pytest.approx(15, rel=0.02)  # three of the last five seconds
+    assert telemetry.recent_fps(3600 * second) == 0
+    assert telemetry.fps() == pytest.approx(25, rel=0.01)  # of the run
+
+
+def test_a_fallback_is_logged_once_when_it_is_new(caplog):
+    telemetry = Telemetry()
+    for _ in range(3):
+        telemetry.fallback("the video was given up")
+        telemetry.fallback("its origin has logged this", logged=True)
+    assert [record.getMessage() for record in caplog.records] == ["the video was given up"]
+    assert telemetry.fallbacks == ["the video was given up", "its origin has logged this"]
 
 
 def test_an_empty_run_has_no_percentiles_and_no_rate():

@@ -6,6 +6,7 @@ import socket
 import struct
 import threading
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -18,7 +19,7 @@ from pipeline import messages
 from pipeline.client import Client, ClientError
 from pipeline.config import PublishConfig
 from pipeline.errors import ConfigError, PublishError
-from pipeline.publish import PublishContext, Publisher, UtcClock, create_keys, leaves_this_machine
+from pipeline.publish import PublishContext, Publisher, UtcClock, create_keys, leaves_this_machine, patience_s
 
 SECOND = 1_000_000_000
 
@@ -208,6 +209,42 @@ def test_one_bad_frame_does_not_end_the_stream():
         assert publisher.statistics()["dropped"]["error"] == 1
 
 
+def test_what_cannot_be_packed_costs_that_message_and_not_the_stream():
+    told: list[str] = []
+    with publishing(health=lambda: {"state": object()}, on_failure=told.append) as publisher:
+        with Client(publisher.endpoint, "car", "health") as health, pytest.raises(TimeoutError):
+            health.latest(1.5)
+        with feeding(publisher), Client(publisher.endpoint, "car") as client:
+            assert client.latest(5).header.mode == "fused"
+        assert publisher.statistics()["unsent"]["health"] >= 2
+        assert publisher.failure is None
+    assert len(told) == 1
+    assert told[0].startswith("health could not be published: ")
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_publisher_that_dies_lets_go_of_who_waits_for_it_and_says_so(monkeypatch, lossless: bool):
+    told: list[str] = []
+
+    def dies(publisher: Publisher) -> None:
+        if publisher.statistics()["accepted"]:
+            raise OSError("too many open files")
+
+    monkeypatch.setattr(Publisher, "_read_subscriptions", dies)
+    with publishing(lossless=lossless, on_failure=told.append) as publisher:
+        feeder = threading.Thread(
+            target=lambda: [publisher.publish(fused_frame(index)) for index in range(20)], daemon=True
+        )
+        feeder.start()
+        feeder.join(timeout=10)
+        assert not feeder.is_alive()
+        wait_until(lambda: publisher.failure)
+    assert told == ["nothing is published any more: the publisher failed (OSError: too many open files)"]
+    counts = publisher.statistics()
+    assert counts["accepted"] == 20
+    assert counts["published"] + sum(counts["dropped"].values()) == 20
+
+
 def test_a_replay_waits_and_sends_every_frame_to_a_slow_reader():
     with publishing(lossless=True) as publisher, Client(publisher.endpoint, "car") as client:
         wait_until(lambda: publisher.statistics()["subscriptions"])
@@ -288,6 +325,41 @@ def test_a_change_of_mode_is_an_event_and_so_is_the_end():
                 break
     told = [(event["kind"], event["text"]) for event in events if event["kind"] != "started"]
     assert told == [("mode", "fused -> vis_only"), ("stopping", "rig car stops publishing")]
+
+
+def test_when_pictures_stop_the_mode_is_stub_and_that_is_an_event_as_is_their_return():
+    with (
+        publishing() as publisher,
+        Client(publisher.endpoint, "car", "event") as client,
+        Client(publisher.endpoint, "car", "health") as health,
+    ):
+        wait_until(lambda: len(publisher.statistics()["subscriptions"]) == 2)
+        with feeding(publisher):
+            wait_until(lambda: publisher.statistics()["published"] > 5)
+        modes = [message.data()["mode"] for _, message in zip(range(4), health.all(10), strict=False)]
+        assert modes[-1] == "stub"
+        publisher.publish(fused_frame(100))
+        changes = (message.data() for message in client.all(10) if message.data()["kind"] == "mode")
+        assert next(changes)["text"] == "fused -> stub"
+        back = next(changes)
+        assert (back["text"], back["details"]["frame"]) == ("stub -> fused", 100)
+
+
+@pytest.mark.parametrize(
+    ("period_s", "patience"),
+    [(0.04, 1.0), (0.5, 1.0), (2.0, 4.0), (3600.0, 10.0)],
+    ids=["25 a second", "two a second", "one in two seconds", "the first after an outage"],
+)
+def test_a_slow_rig_is_not_taken_for_one_without_pictures(period_s: float, patience: float):
+    assert patience_s(period_s) == patience
+
+
+def test_a_repeated_infrared_picture_is_told_as_a_closed_shutter():
+    frame = fused_frame(mode="held")
+    pair = replace(frame.aligned.pair, infrared=replace(frame.aligned.pair.infrared, repeats=2))
+    frame = replace(frame, aligned=replace(frame.aligned, pair=pair))
+    with publishing() as publisher, feeding(publisher, lambda i: frame), Client(publisher.endpoint, "car") as client:
+        assert client.latest(5).header.flag_names == ("stale_ir", "ffc")
 
 
 def test_the_schema_is_published():
@@ -467,6 +539,23 @@ def test_what_there_was_no_time_for_at_the_end_is_counted_and_the_end_is_told():
             assert any(message.data()["kind"] == "stopping" for message in client.all(2))
         counts = publisher.statistics()
     assert (counts["accepted"], counts["published"], counts["dropped"]) == (2, 1, {"closed": 1})
+
+
+def test_a_thread_that_is_stuck_does_not_hold_the_end_up_and_that_is_told(monkeypatch):
+    told: list[str] = []
+    ended = threading.Event()
+    publisher = Publisher(
+        PublishConfig(endpoint=LOOPBACK), "car", on_published=lambda *_: ended.wait(60), on_failure=told.append
+    )
+    try:
+        publisher.publish(fused_frame())
+        wait_until(lambda: publisher.statistics()["published"] == 1)  # and its thread is held in the callback
+        started = time.monotonic()
+        publisher.close()
+        assert 1.0 < time.monotonic() - started < 1.2 + 4  # and some for a busy machine
+    finally:
+        ended.set()
+    assert told == ["the publisher is stuck: it is left behind at the end"]
 
 
 def test_a_frame_after_the_end_is_counted_and_does_no_harm():

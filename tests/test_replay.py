@@ -8,12 +8,15 @@ import threading
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 
+from engines.base import NOISE_SEED
 from pipeline.client import Client
 from pipeline.config import PublishConfig
 from pipeline.errors import ConfigError, SourceError
 from pipeline.live import engine_for
+from pipeline.publish import Publisher
 from pipeline.replay import ReplayConfig, replay
 from tests.rigs.engines import MaximumEngine
 from tests.rigs.recordings import write_video
@@ -110,6 +113,65 @@ def test_every_fused_frame_of_a_replay_reaches_a_subscriber(tmp_path: Path, pair
     consumer.join(timeout=40)
     assert report["published"] == 12
     assert received == list(range(12))
+
+
+def test_the_headers_of_a_replay_say_what_those_of_a_live_rig_say(tmp_path: Path, pair):
+    from calibration.rig import CameraModel, Rig
+    from calibration.rig_file import save_rig
+
+    with av.open(pair["visible"]) as container:
+        size = container.streams.video[0].width, container.streams.video[0].height
+    camera = CameraModel(*size, np.array([[size[0], 0, size[0] / 2], [0, size[0], size[1] / 2], [0, 0, 1.0]]))
+    save_rig(Rig(camera, camera, np.eye(4), homography=np.eye(3), time_offset_ms=5.0), tmp_path / "rig.yaml")
+    headers = []
+    endpoint = f"ipc://{tmp_path / 'replay'}"
+
+    def consume() -> None:
+        with Client(endpoint, rig="replay", codec="raw") as client:
+            headers.append(client.latest(timeout_s=30).header)
+
+    def wait_for_the_subscription(_: int) -> None:
+        with Client(endpoint, rig="replay", stream="health") as client:
+            while not any("fused/raw" in prefix for prefix in client.latest(30).data()["subscriptions"]):
+                pass
+
+    consumer = threading.Thread(target=consume)
+    consumer.start()
+    config = ReplayConfig(**pair, calibration=str(tmp_path / "rig.yaml"), publish=PublishConfig(endpoint=endpoint))
+    replay(config, engine=MaximumEngine(), on_start=wait_for_the_subscription)
+    consumer.join(timeout=40)
+    (header,) = headers
+    assert (header.seed, header.steps) == (NOISE_SEED, 4)
+    assert len(header.engine_sha) == 64
+    assert header.calibration_sha == digest(tmp_path / "rig.yaml")
+    assert header.infrared_clock.offset_ns == 5_000_000
+    assert header.drops == {"sync": 0, "publish": 0}
+
+
+def test_what_a_replay_could_not_publish_is_in_its_report(pair, monkeypatch: pytest.MonkeyPatch):
+    def fails_once(publisher, work):
+        if work.fused.index == 3:
+            raise RuntimeError("the picture cannot be encoded")
+        publish(publisher, work)
+
+    publish = Publisher._publish
+    monkeypatch.setattr(Publisher, "_publish", fails_once)
+    report = replay(ReplayConfig(**pair), engine=MaximumEngine())
+    assert (report["fused"], report["published"]) == (12, 11)
+    assert report["dropped"]["publish"] == {"error": 1}
+    assert report["fallbacks"] == ["a frame could not be published: RuntimeError: the picture cannot be encoded"]
+
+
+def test_a_replay_whose_publisher_dies_goes_on_and_says_so(tmp_path: Path, pair, monkeypatch: pytest.MonkeyPatch):
+    def dies(publisher) -> None:
+        if publisher.statistics()["published"]:
+            raise OSError("too many open files")
+
+    monkeypatch.setattr(Publisher, "_read_subscriptions", dies)
+    report = replay(ReplayConfig(**pair, output=str(tmp_path / "fused.mp4")), engine=MaximumEngine())
+    assert report["fused"] == frames_in(tmp_path / "fused.mp4") == 12
+    assert any("nothing is published any more" in line for line in report["fallbacks"])
+    assert report["published"] + report["dropped"]["publish"]["closed"] == 12
 
 
 def test_stopping_early_leaves_a_whole_video_of_what_was_fused(tmp_path: Path, pair):
