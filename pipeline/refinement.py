@@ -90,7 +90,10 @@ class Refinement:
         return similarity(self._maps.parameters, self._size)
 
     def offer(self, aligned: AlignedPair, maps: Maps) -> None:
-        """Shows a pair that was warped by `maps`. Live, this takes less than a tenth of a millisecond."""
+        """Shows a pair that was warped by `maps`. Live, this takes less than a tenth of a millisecond.
+
+        Where the engine registers, a keyframe is warped here: once each `refine_every_s`.
+        """
         keyframe = None
         if self._is_due(aligned):
             infrared = aligned.registered()

@@ -165,6 +165,40 @@ def test_the_first_frame_after_joining_between_keyframes_is_a_keyframe(cameras):
 
 
 @needs_gst
+def test_a_keyframe_may_take_longer_than_the_read_timeout_to_come():
+    """One every four seconds, joined right after one, with half a second of patience for a stream that runs."""
+    with rtsp_server(width=320, height=240, gop=100) as server:
+        running = camera(server.url("ir"))
+        running.open()
+        running.grab()
+        late = camera(server.url("ir"), read_timeout_s=0.5)
+        late.open()
+        started = time.monotonic()
+        assert not late.grab().suspect
+        assert time.monotonic() - started > 0.5
+        late.close(), running.close()
+
+
+@needs_gst
+def test_a_camera_without_keyframes_is_an_error_and_may_be_closed_before(monkeypatch):
+    monkeypatch.setattr("pipeline.sources.stream.FIRST_FRAME_S", 1.0)
+    with rtsp_server(width=320, height=240, gop=10_000) as server:
+        running = camera(server.url("ir"))
+        running.open()
+        running.grab()
+        late = camera(server.url("ir"), read_timeout_s=0.5)
+        late.open()
+        with pytest.raises(SourceError, match="sent no keyframe in 1 s: have it send one every few seconds"):
+            late.grab()
+        monkeypatch.setattr("pipeline.sources.stream.FIRST_FRAME_S", 60.0)
+        late.open()
+        threading.Timer(0.5, late.close).start()
+        with pytest.raises(SourceError, match="was closed while it was read"):
+            late.grab()
+        running.close()
+
+
+@needs_gst
 def test_frames_after_a_loss_are_suspect_until_the_next_keyframe():
     with rtsp_server(loss=0.06) as server:
         source = camera(server.url("ir"), read_timeout_s=4)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import re
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -195,6 +199,78 @@ def test_two_recordings_that_are_started_together_share_their_first_moment(tmp_p
     pairs = [(infrared.grab(), visible.grab()) for _ in range(3)]
     infrared.close(), visible.close()
     assert all(thermal_frame.captured_ns == colour.captured_ns for thermal_frame, colour in pairs)
+
+
+def test_a_recording_that_takes_a_second_to_open_still_shares_the_first_moment(tmp_path, caplog):
+    infrared, visible = folders(tmp_path, 3, 3)
+    thermal_frame = infrared.grab()
+    time.sleep(1)
+    assert visible.grab().captured_ns == thermal_frame.captured_ns
+    assert infrared.fault is visible.fault is None
+    assert caplog.text == ""
+    infrared.close(), visible.close()
+
+
+def test_a_recording_that_starts_far_too_late_is_told_of(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("pipeline.sources.base.START_TOGETHER_NS", 50 * MS)
+    infrared, visible = folders(tmp_path, 3, 3)
+    infrared.grab()
+    time.sleep(0.3)
+    visible.grab(), visible.grab()
+    assert re.fullmatch(
+        r"the visible recording starts \d\.\d s after the other one, and stays so much behind", visible.fault
+    )
+    assert caplog.text.count(visible.fault) == 1
+    infrared.close(), visible.close()
+
+
+def folders(path: Path, *images: int, **settings) -> list[ImageFolder]:
+    """An infrared and a visible recording of so many images, open, in real time at 100 Hz."""
+    sources = []
+    for camera, count in zip(("infrared", "visible"), images, strict=True):
+        (path / camera).mkdir()
+        for k in range(count):
+            cv2.imwrite(str(path / camera / f"{k}.png"), np.full((48, 64), k, np.uint8))
+        sources.append(ImageFolder(FolderSource(path=str(path / camera), rate_hz=100, **settings), camera))
+        sources[-1].open()
+    return sources
+
+
+def test_recordings_of_unequal_length_that_loop_are_told_of_once(tmp_path, caplog):
+    """Three images against four: after the third one their pictures are of different moments."""
+    infrared, visible = folders(tmp_path, 3, 4, loop=True)
+    for number in range(20):
+        infrared.grab(), visible.grab()
+        assert (visible.fault is not None) == (number >= 4)
+    assert visible.fault == (
+        "the visible recording begins anew after 0.040 s, the other one after 0.030 s: "
+        "from now on their pictures are of different moments; loop recordings of one length"
+    )
+    assert infrared.fault is None
+    assert caplog.text.count("begins anew") == 1
+    infrared.close(), visible.close()
+
+
+def test_a_video_that_loops_beside_one_that_goes_on_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.sources.base.START_TOGETHER_NS", 100 * MS)
+    path = write_video(tmp_path / "ir.mkv", thermal(2), "ffv1", "gray16le", "gray16le")
+    infrared = recording(path, realtime=True, loop=True)
+    _, visible = folders(tmp_path, 1, 99)
+    infrared.open()
+    infrared.grab(), visible.grab()
+    for _ in range(10):
+        infrared.grab()
+    assert infrared.fault.startswith("the infrared recording begins anew after 0.080 s, the other one later: ")
+    infrared.close(), visible.close()
+
+
+def test_recordings_of_equal_length_that_loop_stay_together(tmp_path, caplog):
+    infrared, visible = folders(tmp_path, 3, 3, loop=True)
+    for _ in range(20):
+        assert infrared.grab().captured_ns == visible.grab().captured_ns
+    assert infrared.fault is visible.fault is None
+    assert caplog.text == ""
+    infrared.close(), visible.close()
 
 
 def test_a_damaged_middle_does_not_end_a_recording(tmp_path):
@@ -410,6 +486,80 @@ def test_a_sixteen_bit_device_picture_keeps_its_counts_and_the_drivers_time(tmp_
 def test_a_device_without_a_plausible_time_is_stamped_with_its_arrival(wall_us):
     captured_ns, clock, _ = driver_time(wall_us, 10**12, 1_700_000_000 * 10**9)
     assert (captured_ns, clock) == (10**12, "arrival")
+
+
+class UsbCamera:
+    """What FFmpeg gives of a V4L2 device: JPEGs, of which `damaged` says how each one arrives."""
+
+    def __init__(self, path: Path, damaged: Callable[[int], str], pause_s: float = 0.0) -> None:
+        write_video(path, colours(4), "mjpeg", "yuvj420p", "rgb24")
+        self._file, self._damaged, self._pause_s = av.open(str(path)), damaged, pause_s
+        self.streams = self._file.streams
+        self.closed = threading.Event()
+
+    def demux(self, stream):
+        good = [packet for packet in self._file.demux(stream) if packet.size]
+        for number in itertools.count():
+            time.sleep(self._pause_s)
+            packet = good[number % len(good)]
+            how = self._damaged(number)
+            if how == "cut off":
+                packet = av.Packet(b"\xff\xd8\xff\xe0 no picture")
+            elif how == "empty":  # as FFmpeg hands out a buffer that the driver has flagged
+                packet = av.Packet()
+            if how == "unplugged":
+                yield av.Packet()
+                return
+            packet.stream, packet.pts = stream, number
+            yield packet
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+def usb_camera(tmp_path: Path, monkeypatch, damaged: Callable[[int], str], pause_s: float = 0.0) -> DeviceCamera:
+    container = UsbCamera(tmp_path / "usb.avi", damaged, pause_s)
+    (tmp_path / "video0").touch()
+    monkeypatch.setattr("pipeline.sources.device.av.open", lambda *_args, **_options: container)
+    source = DeviceCamera(DeviceSource(path=str(tmp_path / "video0")), "visible")
+    source.open()
+    return source
+
+
+@pytest.mark.parametrize("damage", ["cut off", "empty"])
+def test_a_device_picture_that_cannot_be_decoded_leaves_a_gap_in_the_numbers(tmp_path, monkeypatch, damage):
+    source = usb_camera(tmp_path, monkeypatch, lambda number: damage if number in (2, 3, 5) else "")
+    assert [source.grab().index for _ in range(5)] == [0, 1, 4, 6, 7]
+    source.close()
+
+
+def test_a_device_whose_pictures_all_are_damaged_is_an_error_after_the_read_timeout(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.sources.device.READ_TIMEOUT_S", 0.3)
+    source = usb_camera(tmp_path, monkeypatch, lambda _: "cut off", pause_s=0.01)
+    started = time.monotonic()
+    with pytest.raises(SourceError, match=r"sent no whole picture for 0\.3 s: is its cable good"):
+        source.grab()
+    assert time.monotonic() - started < 5  # 0.3 s, and some for a busy machine
+    source.close()
+
+
+def test_a_device_whose_pictures_all_are_damaged_can_be_closed_from_another_thread(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.sources.device.READ_TIMEOUT_S", 30.0)
+    source = usb_camera(tmp_path, monkeypatch, lambda _: "cut off", pause_s=0.01)
+    closer = threading.Timer(0.2, source.close)
+    closer.start()
+    with pytest.raises(SourceError, match="was closed while it was read"):
+        source.grab()
+    closer.join()
+    assert source._container is None
+
+
+def test_a_device_that_is_unplugged_says_so(tmp_path, monkeypatch):
+    source = usb_camera(tmp_path, monkeypatch, lambda number: "unplugged" if number == 2 else "")
+    source.grab(), source.grab()
+    with pytest.raises(SourceError, match="is gone: was the camera unplugged"):
+        source.grab()
+    source.close()
 
 
 # Which source

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Protocol
+from typing import ClassVar, Protocol
+from weakref import WeakSet
 
 from pipeline.frame import Camera, Frame
 
+log = logging.getLogger("dspfusion.sources")
+
 MAX_PIXELS = 1 << 25  # of one picture; beyond it lies a decompression bomb or a broken header
-START_TOGETHER_NS = 500_000_000
+FIRST_FRAME_S = 15.0  # after opening; a stream may have to wait for its first keyframe
+START_TOGETHER_NS = 5_000_000_000  # a large file may be so much slower to open than a small one
+ROUNDING_NS = 1_000
 
 
 class Source(Protocol):
@@ -92,25 +98,61 @@ class OpenedOnce(ABC):
 class Pace:
     """Hands out a recording at its recorded rate, on the scale of time.monotonic_ns().
 
-    Recordings that start within half a second of each other share their first moment: a pair of files that were
+    Recordings that start within a few seconds of each other share their first moment: a pair of files that were
     recorded together would otherwise be apart by the time that opening the second one takes.
     """
 
     _lock = threading.Lock()
-    _epoch_ns = -(10**18)
+    _running: ClassVar[WeakSet[Pace]] = WeakSet()
 
-    def __init__(self) -> None:
+    def __init__(self, camera: Camera) -> None:
+        self.fault: str | None = None  # one line on why its pictures are of other moments than the other recording's
+        self._camera = camera
         self._start_ns: int | None = None
+        self._lap_ns = 0  # how long the recording runs before it begins anew; 0: it has not done so yet
+        self._laps = 0
 
     def due_ns(self, relative_ns: int) -> int:
         """When a frame that lies `relative_ns` after the recording's first one is due."""
         if self._start_ns is None:
             with Pace._lock:
-                now_ns = time.monotonic_ns()
-                if now_ns - Pace._epoch_ns > START_TOGETHER_NS:
-                    Pace._epoch_ns = now_ns
-                self._start_ns = Pace._epoch_ns
+                self._start_ns = self._first_moment_ns()
+                Pace._running.add(self)
         return self._start_ns + relative_ns
+
+    def _first_moment_ns(self) -> int:
+        now_ns = time.monotonic_ns()
+        others_ns = max((other._start_ns for other in Pace._running if other._start_ns is not None), default=None)
+        if others_ns is None:
+            return now_ns
+        if now_ns - others_ns <= START_TOGETHER_NS:
+            return others_ns
+        late_s = (now_ns - others_ns) / 1e9
+        self._tell(f"the {self._camera} recording starts {late_s:.1f} s after the other one, and stays so much behind")
+        return now_ns
+
+    def begins_anew(self, lap_ns: int) -> None:
+        """Notes that a recording has run for `lap_ns` and loops: the other one must have the same length."""
+        with Pace._lock:
+            self._lap_ns, self._laps = lap_ns, self._laps + 1
+            goes_on_ns = (self._laps - 1) * lap_ns  # one that still is in its first lap by then is no straggler
+            for other in Pace._running - {self}:
+                unequal = abs(other._lap_ns - lap_ns) > ROUNDING_NS if other._laps else goes_on_ns > START_TOGETHER_NS
+                if unequal and other._start_ns == self._start_ns and not self.fault and not other.fault:
+                    after = f"after {other._lap_ns / 1e9:.3f} s" if other._laps else "later"
+                    self._tell(
+                        f"the {self._camera} recording begins anew after {lap_ns / 1e9:.3f} s, the other one {after}: "
+                        "from now on their pictures are of different moments; loop recordings of one length"
+                    )
+
+    def end(self) -> None:
+        """Forgets a recording that was closed."""
+        with Pace._lock:
+            Pace._running.discard(self)
+
+    def _tell(self, fault: str) -> None:
+        self.fault = fault
+        log.warning(fault)
 
     def wait(self, due_ns: int, closing: threading.Event) -> None:
         """Sleeps until the frame is due, or the source is being closed."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
 import av
 from av.container import InputContainer
+from av.packet import Packet
 from av.video.frame import VideoFrame
 
 from pipeline.config import DeviceSource
@@ -82,7 +83,8 @@ class DeviceCamera(OpenedOnce):
         self.config = config
         self.period_ns: int = round(1e9 / config.rate_hz) if config.rate_hz else 0
         self._container: InputContainer | None = None
-        self._pictures: Iterator[VideoFrame] = iter(())
+        self._packets: Iterator[Packet[Any]] = iter(())
+        self._pictures: deque[VideoFrame] = deque()  # decoded, and not yet handed out
         self._index = 0
 
     def open(self) -> None:
@@ -105,18 +107,17 @@ class DeviceCamera(OpenedOnce):
             stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
             if stream.average_rate:
                 self.period_ns = round(1e9 / stream.average_rate)
-            self._pictures = self._decode(self._container, stream)
+            self._packets = self._container.demux(stream)
+            self._pictures.clear()
 
     def grab(self) -> Frame:
         with self._using():
             if self._container is None or self._closing.is_set():
                 raise SourceError(f"{self.config.path} is closed: open it before a grab")
             try:
-                picture = next(self._pictures, None)
+                picture = self._next_picture()
             except av.FFmpegError as error:
                 raise SourceError(self._explain(error)) from None
-            if picture is None:
-                raise SourceError(f"{self.config.path} is gone: was the camera unplugged?")
             arrived_ns = time.monotonic_ns()
             frame = device_frame(picture, self.camera, self._index, arrived_ns, time.time_ns() - arrived_ns)
             self._index += 1
@@ -127,13 +128,26 @@ class DeviceCamera(OpenedOnce):
             self._container.close()
             self._container = None
 
-    @staticmethod
-    def _decode(container: InputContainer, stream: Any) -> Iterator[VideoFrame]:
-        for packet in container.demux(stream):
-            if packet.size == 0:
-                return
-            with contextlib.suppress(av.InvalidDataError):  # a USB camera's first JPEGs are often cut off
-                yield from packet.decode()
+    def _next_picture(self) -> VideoFrame:
+        """Skips what cannot be decoded, and counts it: behind a bad cable JPEGs are cut off, one or all of them."""
+        give_up = time.monotonic() + READ_TIMEOUT_S
+        while not self._pictures:
+            if self._closing.is_set():
+                raise SourceError(f"{self.config.path} was closed while it was read")
+            if time.monotonic() > give_up:
+                raise SourceError(
+                    f"{self.config.path} sent no whole picture for {READ_TIMEOUT_S:g} s: is its cable good?"
+                )
+            packet = next(self._packets, None)
+            if packet is None or (packet.size == 0 and packet.pts is None):  # the end, as FFmpeg gives it
+                raise SourceError(f"{self.config.path} is gone: was the camera unplugged?")
+            try:
+                pictures = packet.decode() if packet.size else []  # empty: the driver itself found it damaged
+            except av.InvalidDataError:
+                pictures = []
+            self._index += not pictures
+            self._pictures.extend(pictures)
+        return self._pictures.popleft()
 
     def _check_device(self) -> None:
         path = self.config.path

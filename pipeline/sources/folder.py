@@ -94,12 +94,17 @@ class ImageFolder:
         self._next = 0
         self._index = 0
         self._size: tuple[int, ...] = ()
-        self._pace = Pace()
+        self._pace = Pace(camera)
+
+    @property
+    def fault(self) -> str | None:
+        """One line on what is wrong with a recording that is read nevertheless."""
+        return self._pace.fault
 
     def open(self) -> None:
         self._closing.clear()
         self._files = image_files(Path(os.path.expanduser(self.config.path)))
-        self._next, self._size, self._pace = 0, (), Pace()
+        self._next, self._size, self._pace = 0, (), Pace(self.camera)
         self._start = self._index
 
     def grab(self) -> Frame:
@@ -109,6 +114,7 @@ class ImageFolder:
             if not self.config.loop:
                 raise SourceEnded(f"all {len(self._files)} images have been shown")
             self._next = 0
+            self._pace.begins_anew(round(len(self._files) * 1e9 / self.config.rate_hz))
         file = self._files[self._next]
         image = read_image(file, self.camera)
         self._check_size(file, image)
@@ -132,6 +138,7 @@ class ImageFolder:
 
     def close(self) -> None:
         self._closing.set()
+        self._pace.end()
 
     def _check_size(self, file: Path, image: np.ndarray) -> None:
         if not self._size:

@@ -33,7 +33,7 @@ from pipeline.errors import SourceEnded, SourceError
 from pipeline.frame import Camera, ClockSource, Frame
 from pipeline.redaction import redact, secrets_of
 from pipeline.sources.access_units import AccessUnit, AccessUnits
-from pipeline.sources.base import MAX_PIXELS, OpenedOnce, Pace
+from pipeline.sources.base import FIRST_FRAME_S, MAX_PIXELS, OpenedOnce, Pace
 from pipeline.sources.capture_time import CaptureTime, Timeline
 from pipeline.sources.cut_off import is_cut_off
 from pipeline.sources.pictures import to_image
@@ -74,7 +74,8 @@ class StreamCamera(OpenedOnce):
         self._index = 0
         self._earlier_steps = 0  # of the connections before this one
         self._losses = _Losses()
-        self._fault_logged = False
+        self._losses_logged = False
+        self._pace = Pace(camera)
 
     @property
     def clock_steps(self) -> int:
@@ -93,6 +94,9 @@ class StreamCamera(OpenedOnce):
     @property
     def fault(self) -> str | None:
         """One line on what is wrong with a recording that is read nevertheless."""
+        return "; ".join(filter(None, (self._told_losses(), self._pace.fault))) or None
+
+    def _told_losses(self) -> str | None:
         if not self._losses.found:
             return None
         what = "is cut off" if self._losses.cut_off else "is damaged"
@@ -121,15 +125,16 @@ class StreamCamera(OpenedOnce):
             return frame
 
     def _warn_of_losses(self) -> None:
-        if self._losses.complete and not self._fault_logged:
-            self._fault_logged = True
-            log.warning(self.fault)
+        if self._losses.complete and not self._losses_logged:
+            self._losses_logged = True
+            log.warning(self._told_losses())
 
     def _let_go(self) -> None:
         if self._reader is not None:
             self._earlier_steps = self.clock_steps
             self._reader.close()
             self._reader = None
+        self._pace.end()
 
     def _scheme_of(self, url: str) -> str:
         scheme, separator, _ = url.partition("://")
@@ -146,7 +151,8 @@ class StreamCamera(OpenedOnce):
                 return self._connect_live()
             path = self._file_path()
             reopen = partial(self._open_file, path)
-            return _FileReader(path, self.camera, self.config, self._closing, reopen, self._losses)
+            self._pace = Pace(self.camera)
+            return _FileReader(path, self.camera, self.config, self._closing, reopen, self._losses, self._pace)
         except av.FFmpegError as error:
             # A handshake that runs out of time is reported as invalid data where it was in the middle of an answer.
             late = self.live and time.monotonic() - started >= self.config.connect_timeout_s
@@ -175,7 +181,8 @@ class StreamCamera(OpenedOnce):
             container = self._open_url(options)
         stream = self._video_of(container)
         parsed = self._scheme not in ("rtsp", "rtsps") or stream.codec_context.name != "h264"
-        return _LiveReader(container, stream, self.camera, self.config.read_timeout_s, self._name, by_packet=not parsed)
+        timeout_s = self.config.read_timeout_s
+        return _LiveReader(container, stream, self.camera, timeout_s, self._name, self._closing, by_packet=not parsed)
 
     def _open_url(self, options: dict[str, str]) -> InputContainer:
         timeout = (self.config.connect_timeout_s, self.config.read_timeout_s)
@@ -252,10 +259,11 @@ class _LiveReader:
         camera: Camera,
         read_timeout_s: float,
         name: str,
+        closing: threading.Event,
         by_packet: bool,
     ) -> None:
         self._container, self._stream, self._camera = container, stream, camera
-        self._read_timeout_s, self._name = read_timeout_s, name
+        self._read_timeout_s, self._name, self._closing = read_timeout_s, name, closing
         self._context = stream.codec_context
         stream.thread_type = "NONE"  # frame threads hold two pictures back (measured: 123 ms against 66 ms)
         self._context.flags |= Flags.low_delay.value
@@ -280,15 +288,24 @@ class _LiveReader:
         return self._capture_time.steps
 
     def read(self, index: int) -> Frame:
-        give_up = time.monotonic() + self._read_timeout_s
+        began_s = time.monotonic()
         while True:
             while self._ready:
                 frame = self._accept(self._ready.popleft(), index)
                 if frame is not None:
                     return frame
-            if time.monotonic() > give_up:
-                raise SourceError(f"{self._name} sent no whole picture for {self._read_timeout_s:g} s: it has stalled")
+            self._check_patience(time.monotonic() - began_s)
             self._receive()
+
+    def _check_patience(self, waited_s: float) -> None:
+        """Ends the wait for a picture while packets go on arriving; where none arrive, FFmpeg ends it."""
+        if self._closing.is_set():
+            raise SourceError(f"{self._name} was closed while it was read")
+        if self._started and waited_s > self._read_timeout_s:
+            raise SourceError(f"{self._name} sent no whole picture for {self._read_timeout_s:g} s: it has stalled")
+        longest_s = max(self._read_timeout_s, FIRST_FRAME_S)
+        if waited_s > longest_s:
+            raise SourceError(f"{self._name} sent no keyframe in {longest_s:g} s: have it send one every few seconds")
 
     def close(self) -> None:
         self._ready.clear()
@@ -412,8 +429,6 @@ class _FileReader:
     One that is cut off or damaged is read as far as possible, and what is lost is counted.
     """
 
-    live = False
-
     def __init__(
         self,
         path: Path,
@@ -422,10 +437,10 @@ class _FileReader:
         closing: threading.Event,
         reopen: Callable[[], tuple[InputContainer, VideoStream]],
         losses: _Losses,
+        pace: Pace,
     ) -> None:
         self._path, self._camera, self._config, self._closing, self._reopen = path, camera, config, closing, reopen
-        self._losses = losses
-        self._pace = Pace()
+        self._losses, self._pace = losses, pace
         self._lap_ns = 0  # where this run through the file begins
         self._last_ns = -1
         self._frames = 0
@@ -475,7 +490,9 @@ class _FileReader:
             self._note_losses()
             if self._config.loop:
                 self._container.close()
-                self._lap_ns = self._last_ns + (self.period_ns or FALLBACK_PERIOD_NS)
+                ends_ns = self._last_ns + (self.period_ns or FALLBACK_PERIOD_NS)
+                self._pace.begins_anew(ends_ns - self._lap_ns)
+                self._lap_ns = ends_ns
                 self._start()
                 picture = next(self._pictures, None)
         if picture is not None:
