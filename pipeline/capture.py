@@ -3,7 +3,7 @@
     connecting ──► live ◄──► stalled     no frame for max(3 periods, stall_ms); judged by the clock, not by the grab
         ▲           │ ◄────► shutter     infrared repeats its picture while it recalibrates
         │           ▼
-     backoff ◄──── lost                  the source failed, or stalled so long that it is closed from outside
+     backoff ◄──── lost                  the source failed, or stalled or hung so long that it is closed from outside
                    ended                 a recording is over
 
 A source only opens, grabs and closes; all waiting is here, in one reading thread and one watchdog per camera.
@@ -24,15 +24,17 @@ from pipeline.errors import SourceEnded, SourceError
 from pipeline.frame import Frame
 from pipeline.handover import HandoverClosed
 from pipeline.redaction import redact
-from pipeline.shutter import Shutter
-from pipeline.sources.base import Source
+from pipeline.shutter import Repeats, Shutter
+from pipeline.sources.base import FIRST_FRAME_S, Source
 
 log = logging.getLogger("dspfusion.capture")
 
 State = Literal["connecting", "live", "stalled", "shutter", "lost", "backoff", "ended"]
 
 RECYCLE_S = 2.5  # by default
-FIRST_FRAME_S = 15.0  # after opening; a stream may have to wait for its first keyframe
+HANGING_S = 10.0  # a camera that hangs for so long is called back, and ever more seldom if that does not help...
+HANGING_MOST_S = 1200.0
+SAME_PICTURE_S = 10.0  # a visible camera that repeats its picture for so long is told of
 STABLE_S = 2.0  # a connection that held this long starts the backoff from the beginning
 
 
@@ -63,6 +65,8 @@ class Capture:
         self.failures = 0
         self.stalls = 0
         self.missed = 0  # frames that the driver lost before we saw them: gaps in the frame index
+        self.repeated = 0  # frames whose picture had come before
+        self.hanging = False  # set by who sees both cameras: what comes is one picture, and no closed shutter's
         self.failure: Exception | None = None  # why a recording could not be read to its end
         self._sink = sink
         self._config = config or CaptureConfig()
@@ -71,10 +75,16 @@ class Capture:
         self._phase: State = "connecting"
         self._waiting_since_ns: int | None = None  # start of the grab that blocks now
         self._opened = False
-        self._recycle = False
+        self._recycle: str | None = None  # why its connection is being renewed
         self._closing = Lock()
         self._handing_on = Lock()  # a frame is counted together with what becomes of it
         self._shutter = Shutter()
+        self._visible_repeats = Repeats()
+        self._new_picture_s = 0.0  # when the visible picture last changed
+        self._same_picture_logged = False
+        self._hanging_since_s: float | None = None
+        self._hanging_limit_s = HANGING_S
+        self._hanging_ended_s = 0.0  # when it last was called back for that
         self._last_index: int | None = None
         self._frozen = False
         self._failures_in_a_row = 0
@@ -139,6 +149,7 @@ class Capture:
             "captured": captured,
             "dropped": dropped,
             "missed": self.missed,
+            "repeated": self.repeated,
             "reconnects": self.reconnects,
             "failures": self.failures,
             "stalls": self.stalls,
@@ -167,7 +178,7 @@ class Capture:
 
     def _read_until_it_fails(self) -> None:
         self._phase = "connecting"
-        self._recycle = False
+        self._recycle = None
         self.source.open()
         self._opened = True
         opened_ns = time.monotonic_ns()
@@ -178,8 +189,9 @@ class Capture:
             self._waiting_since_ns = None
             self._frozen = frame.frozen
             if self._recycle:
-                raise SourceError(f"the {self.source.camera} camera was silent for too long: its connection is renewed")
+                raise SourceError(self._recycle)
             self._note_gap(frame)
+            self._note_repeat(frame)
             if self._phase != "live":
                 self._went_live()
             if self._failures_in_a_row and time.monotonic_ns() - opened_ns > STABLE_S * 1e9:
@@ -190,6 +202,26 @@ class Capture:
         if self._last_index is not None and frame.index > self._last_index + 1:
             self.missed += frame.index - self._last_index - 1
         self._last_index = frame.index
+
+    def _note_repeat(self, frame: Frame) -> None:
+        """Counts a picture that came before. A visible camera has no shutter: one that goes on so is told of, once."""
+        if frame.camera == "infrared":
+            self.repeated += frame.repeats > 0
+            return
+        now_s = time.monotonic()
+        if not self._visible_repeats.add(frame.image):
+            self._new_picture_s = now_s
+            if self._same_picture_logged:
+                self._same_picture_logged = False
+                log.warning("the visible picture changes again")
+            return
+        self.repeated += 1
+        if self.source.live and not self._same_picture_logged and now_s - self._new_picture_s > SAME_PICTURE_S:
+            self._same_picture_logged = True
+            log.warning(
+                "the visible camera has sent one picture for %g s: it hangs, or its codec skips what does not move",
+                SAME_PICTURE_S,
+            )
 
     def _hand_on(self, frame: Frame) -> None:
         with self._handing_on:
@@ -210,7 +242,7 @@ class Capture:
             self.reconnects += 1
         if self._outage_logged:
             self._outage_logged = False
-            log.info("the %s camera is back", self.source.camera)
+            log.warning("the %s camera is back", self.source.camera)  # as loud as its loss
 
     def _give_up_or_wait(self, error: Exception) -> bool:
         """Returns whether to try again, after the backoff."""
@@ -227,7 +259,7 @@ class Capture:
             return False
         if not self._outage_logged:  # once per outage: a camera that is away for a night must not fill the disk
             self._outage_logged = True
-            reason = redact(str(error) or type(error).__name__)
+            reason = self._recycle or redact(str(error) or type(error).__name__)
             log.warning("the %s camera is lost, calling it back: %s", self.source.camera, reason)
         self._phase = "backoff"
         return not self._stopping.wait(self._backoff_s())
@@ -253,17 +285,39 @@ class Capture:
                 self.stalls += 1
                 log.warning("the %s camera stalled: no frame for %d ms", self.source.camera, self._silent_ns() // 10**6)
             elif state in ("live", "shutter"):
-                log.info("the %s camera delivers again", self.source.camera)
+                log.warning("the %s camera delivers again", self.source.camera)
         self._logged_state = state
-        if self.source.live and not self._recycle and self._silent_ns() > self._recycle_limit_ns(state):
-            self._recycle = True
-            self._phase = "lost"
-            self._close_source()
+        if self.source.live and not self._recycle:
+            self._recycle = self._why_recycle(state)
+            if self._recycle:
+                self._phase = "lost"
+                self._close_source()
+
+    def _why_recycle(self, state: State) -> str | None:
+        if self._silent_ns() > self._recycle_limit_ns(state):
+            return "it was silent for too long"
+        if self._hangs_for_too_long():
+            return "it hangs: it repeats one picture"
+        return None
 
     def _recycle_limit_ns(self, state: State) -> int:
-        if state == "connecting":
-            return round(FIRST_FRAME_S * 1e9)
-        return max(round(self._recycle_s * 1e9), 2 * self.stall_limit_ns)
+        limit_s = max(self._recycle_s, FIRST_FRAME_S + 0.5 if state == "connecting" else 0.0)
+        return max(round(limit_s * 1e9), 2 * self.stall_limit_ns)
+
+    def _hangs_for_too_long(self) -> bool:
+        now_s = time.monotonic()
+        if not self.hanging or self._phase != "live":
+            self._hanging_since_s = None
+            return False
+        if self._hanging_since_s is None:
+            self._hanging_since_s = now_s
+            if now_s - self._hanging_ended_s > 2 * self._hanging_limit_s:  # it was well in between
+                self._hanging_limit_s = HANGING_S
+        if now_s - self._hanging_since_s < self._hanging_limit_s:
+            return False
+        self._hanging_since_s, self._hanging_ended_s = None, now_s
+        self._hanging_limit_s = min(2 * self._hanging_limit_s, HANGING_MOST_S)
+        return True
 
     def _silent_ns(self) -> int:
         """How long the present grab has been waiting; 0 while a frame is handed on: a slow consumer is no stall."""

@@ -141,7 +141,7 @@ class Standstill:
         self._view = VisibleView()
         self._visible_ns = 0
         self._began_ns: int | None = None  # when infrared began to show nothing new
-        self._hangs = False
+        self.hangs = False  # the newest infrared picture repeats, and neither a shutter nor rest explains that
         self.resting = False  # the newest infrared picture repeats, because nothing moves
 
     def judged(self, frame: Frame) -> Frame:
@@ -154,18 +154,21 @@ class Standstill:
             return frame
         self.resting = False
         if not frame.repeats and not frame.still:
-            self._began_ns, self._hangs = None, False
+            self._began_ns, self.hangs = None, False
             return frame
         if self._began_ns is None or frame.captured_ns < self._began_ns:
             self._began_ns = frame.captured_ns
         latest_ns = self._began_ns + LATE_NS
-        self._hangs |= self._view.moved_since(self._began_ns + TOO_LATE_NS)
-        if self._hangs:
+        long_enough = frame.captured_ns - self._began_ns >= LONGEST_NS
+        # Sixteen bits come without a codec: a live picture has noise in them.
+        self.hangs |= self._view.moved_since(self._began_ns + TOO_LATE_NS) or (
+            long_enough and frame.image.dtype != np.uint8
+        )
+        if self.hangs:
             return frame if frame.repeats else replace(frame, repeats=frame.still)
         if not frame.repeats or not frame.still or not self._watched_until(frame.captured_ns):
             return frame
         since_ns = self._view.rests_since_ns
-        long_enough = frame.captured_ns - self._began_ns >= LONGEST_NS
         self.resting = since_ns is not None and since_ns <= latest_ns and long_enough
         return replace(frame, repeats=0) if self.resting else frame
 

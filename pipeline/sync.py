@@ -202,6 +202,11 @@ class Sync:
         self._watched_ns = 0
 
     @property
+    def infrared_hangs(self) -> bool:
+        """Whether infrared is known to repeat its picture for another reason than its shutter or a view at rest."""
+        return self._standstill.hangs
+
+    @property
     def infrared_offset_ms(self) -> float:
         """What is taken off the infrared capture times."""
         return self._offset_ns["infrared"] / 1e6

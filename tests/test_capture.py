@@ -265,6 +265,58 @@ def test_every_frame_that_is_handed_on_tells_how_often_its_picture_came_before(r
     assert not any(frame.repeats for frame in frames["visible"])  # which has no shutter
 
 
+# A camera that hangs, and goes on sending its last picture
+
+
+def test_a_camera_that_is_known_to_hang_is_called_back_ever_more_seldom_until_it_recovers(run, monkeypatch, caplog):
+    monkeypatch.setattr("pipeline.capture.HANGING_S", 0.1)
+    source, renewed = FakeCamera("infrared"), []
+    source.on_open = lambda: renewed.append(time.monotonic())
+    capture = run(source)
+    capture.hanging = True
+    until(lambda: source.opened == 4)
+    waits = np.diff(renewed)
+    assert waits[0] >= 0.1
+    assert waits[1] >= 0.2
+    assert waits[2] >= 0.4
+    capture.hanging = False
+    time.sleep(0.3)
+    assert source.opened == 4
+    assert capture.reconnects == 3
+    assert "the infrared camera is lost, calling it back: it hangs: it repeats one picture" in caplog.text
+
+
+@pytest.mark.parametrize(("live", "hanging"), [(True, False), (False, True)])
+def test_a_still_picture_is_no_reason_to_call_a_camera_back_and_no_recording_is(run, monkeypatch, live, hanging):
+    monkeypatch.setattr("pipeline.capture.HANGING_S", 0.1)
+    source = FakeCamera("infrared", live=live)
+    source.content = lambda index: 7
+    capture = run(source)
+    capture.hanging = hanging
+    until(lambda: capture.captured >= 10)
+    time.sleep(0.4)
+    assert source.opened == 1
+
+
+def test_a_visible_camera_that_repeats_its_picture_is_counted_and_told_of_once(run, monkeypatch, caplog):
+    monkeypatch.setattr("pipeline.capture.SAME_PICTURE_S", 0.05)
+    source, hangs = FakeCamera("visible"), threading.Event()
+    hangs.set()
+    source.content = lambda index: min(index, 3) if hangs.is_set() else index
+    capture = run(source)
+    until(lambda: "has sent one picture" in caplog.text)
+    until(lambda: capture.captured >= 100)
+    assert 0 <= capture.captured - 4 - capture.counters()["repeated"] <= 1
+    assert capture.state == "live"
+    hangs.clear()
+    until(lambda: "changes again" in caplog.text)
+    lines = [record.getMessage() for record in caplog.records if "picture" in record.getMessage()]
+    assert lines == [
+        "the visible camera has sent one picture for 0.05 s: it hangs, or its codec skips what does not move",
+        "the visible picture changes again",
+    ]
+
+
 # A camera that blocks
 
 
@@ -275,6 +327,16 @@ def test_a_stall_is_seen_while_the_grab_still_blocks(run):
     until(lambda: capture.captured == 5)
     until(lambda: capture.state == "stalled")  # it blocks for 20 s
     until(lambda: capture.stalls == 1)
+
+
+def test_whoever_reads_that_a_camera_stalled_reads_that_it_delivers_again(run, caplog):
+    caplog.set_level(logging.WARNING)
+    source = FakeCamera(period_s=0.01)
+    source.on_grab = lambda: source.unblock.wait(20) if source.index == 5 else None
+    run(source, recycle_s=20)
+    until(lambda: "the visible camera stalled" in caplog.text)
+    source.unblock.set()
+    until(lambda: "the visible camera delivers again" in caplog.text)
 
 
 def test_a_slow_camera_is_granted_three_periods():
@@ -393,8 +455,9 @@ def test_200_reconnects_leak_no_thread(run):
     assert source.closed >= 100
 
 
-def test_an_outage_is_logged_once_and_without_the_password(run, caplog):
-    caplog.set_level(logging.DEBUG)
+@pytest.mark.parametrize("level", [logging.DEBUG, logging.WARNING])
+def test_an_outage_and_its_end_are_logged_once_and_without_the_password(run, caplog, level):
+    caplog.set_level(level)
     source = FakeCamera()
     source.on_open = lambda: raise_(SourceError(f"cannot open {CANARY}: refused")) if 1 < source.opened < 30 else None
     source.on_grab = lambda: (

@@ -110,6 +110,36 @@ def test_a_camera_that_hangs_at_rest_is_frozen_when_the_rig_drives_off(hangs_at)
     assert not fused(live(infrared, VISIBLE)) & set(range(GO + TOLD, COUNT))
 
 
+def hanging(infrared: list[Frame], visible: list[Frame]) -> list[bool]:
+    """Of each infrared picture whether its camera is known to hang."""
+    sync, found = Sync(), []
+    for one, seen in zip(infrared, visible, strict=True):
+        sync.add(seen, one.captured_ns)
+        sync.add(one, one.captured_ns)
+        found.append(sync.infrared_hangs)
+    return found
+
+
+@pytest.mark.parametrize("hangs_at", [30, STOP, STOP + 110])
+def test_a_camera_that_hangs_while_the_rig_drives_is_known_to_hang(hangs_at):
+    told = hanging(coded(hangs=range(hangs_at, COUNT)), VISIBLE)
+    assert not any(told[:hangs_at])
+    assert all(told[GO + TOLD :])
+
+
+@pytest.mark.parametrize("seen", [VISIBLE, visible_frames(filmed(noise=2.5, contrast=0.01))], ids=["day", "night"])
+def test_a_live_camera_is_never_taken_for_one_that_hangs(seen):
+    assert not any(hanging(coded(), seen))
+
+
+def test_a_sixteen_bit_camera_that_repeats_for_longer_than_any_shutter_hangs():
+    still = visible_frames(filmed(noise=2.5, contrast=0.01))
+    pictures = [one.astype(np.uint16) for one in filmed(noise=1.5, hangs=range(STOP, COUNT))]
+    told = hanging(infrared_frames(pictures), still)
+    assert not any(told[: STOP + 90])
+    assert all(told[STOP + 92 :])
+
+
 def test_a_closed_shutter_at_rest_is_never_fused():
     closed = range(STOP + 15, STOP + 90)  # 3 s
     infrared = coded(hangs=closed)
