@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
+import shutil
 import signal
+import tarfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +30,8 @@ from engines.training import journal as journal_module
 from engines.training import train as train_module
 from engines.training.checkpoint import read_checkpoint, write_whole
 from engines.training.config import TrainConfig, checked, read_config
-from engines.training.data import IGNORED, Batch, Pair, balanced, draw_batch, hold_back, read_pairs
+from engines.training.data import IGNORED, Batch, Pair, balanced, draw_batch, hold_back, read_pairs, reading_pairs
+from engines.training.distributed import Processes
 from engines.training.journal import Journal
 from engines.training.losses import (
     LossWeights,
@@ -39,6 +44,7 @@ from engines.training.losses import (
 )
 from engines.training.stages import IMAGE_LOSSES, Noise, image_losses, rating_loss, weighted
 from engines.training.train import Training, main, take_fitting, train, with_minutes
+from engines.training.validation import Validation
 from engines.training.video import draw_video_batch
 from tests.rigs.training import DRAW, TINY, write_dataset
 
@@ -93,6 +99,61 @@ def test_a_residual_field_moves_the_infrared_picture_of_its_subset(dataset: Path
     plain = read_pairs(dataset, ("wood",), None, 64)[0].infrared
     moved = read_pairs(dataset, ("wood",), tmp_path / "fields.npz", 64)[0].infrared
     assert np.array_equal(moved[:, :-3], plain[:, 3:])
+
+
+def test_fields_of_another_size_than_their_pictures_are_counted(dataset: Path, tmp_path: Path):
+    np.savez(tmp_path / "fields.npz", road=np.zeros((80, 96, 2)), wood=np.zeros((480, 640, 2)), sea=np.zeros((2, 2, 2)))
+    said: list[str] = []
+    number, pairs = reading_pairs(dataset, ("road", "wood"), tmp_path / "fields.npz", 64, said.append)
+    assert len(list(pairs)) == number == 3
+    assert said == ["fields: road fits 1 of 2 pictures, wood fits 0 of 1 pictures, sea fits 0 of 0 pictures"]
+
+
+def replace_member(folder: Path, name: str, content: bytes) -> None:
+    """Writes the tar part anew with another content of one of its files."""
+    with tarfile.open(folder / "part.tar") as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar} | {name: content}
+    with tarfile.open(folder / "part.tar", "w") as tar:
+        for path, data in files.items():
+            member = tarfile.TarInfo(path)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def test_the_two_pictures_of_a_pair_have_one_size(dataset: Path):
+    replace_member(dataset, "road/vi/a.png", cv2.imencode(".png", np.zeros((75, 96, 3), np.uint8))[1].tobytes())
+    with pytest.raises(EngineError, match=r"road/ir/a\.png has 96x80 pixels and road/vi/a\.png 96x75") as error:
+        read_pairs(dataset, ("road",), None, 64)
+    assert "\n" not in str(error.value)
+
+
+def half_of(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / "index.csv").write_text("subset,name\nroad,a\n"), "has no column tar, ir, vi"),
+        (lambda f: (f / "index.csv").write_text("subset,tar,ir,vi\nroad,part.tar\n"), "row 1 of .* is cut off"),
+        (lambda f: (f / "index.csv").write_bytes(b"\xff\xfe"), "index.csv cannot be read"),
+        (lambda f: replace_member(f, "road/ir/a.png", b""), "road/ir/a.png in .* is no picture"),
+        (lambda f: replace_member(f, "road/vi/a.png", b"hello"), "road/vi/a.png in .* is no picture"),
+        (lambda f: half_of(f / "part.tar"), "part.tar cannot be read .*: fetch the tar part again"),
+        (lambda f: (f / "part.tar").unlink(), "part.tar cannot be read"),
+        (lambda f: half_of(f / "fields.npz"), "holds no displacement fields"),
+        (lambda f: (f / "fields.npz").write_bytes(b""), "holds no displacement fields"),
+        (lambda f: np.savez(f / "fields.npz", wood=np.zeros((80, 80))), r"`wood` .* is float64 of \(80, 80\)"),
+        (lambda f: np.savez(f / "fields.npz", wood=np.zeros((80, 80, 3))), r"`wood` .* of shape \(height, width, 2\)"),
+    ],
+)
+def test_damaged_training_data_is_told_in_one_line(dataset: Path, damage: Callable[[Path], object], said: str):
+    np.savez(dataset / "fields.npz", wood=np.zeros((80, 80, 2)))
+    read_pairs(dataset, ("road", "wood"), dataset / "fields.npz", 64)
+    damage(dataset)
+    with pytest.raises(EngineError, match=said) as error:
+        read_pairs(dataset, ("road", "wood"), dataset / "fields.npz", 64)
+    assert "\n" not in str(error.value)
 
 
 def test_missing_data_says_what_is_needed(tmp_path: Path, dataset: Path):
@@ -183,17 +244,69 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(config: TrainConfig,
         assert torch.equal(value, broken.average[name]), name
 
 
-def test_a_checkpoint_of_three_stages_goes_on_as_one_without_video(config: TrainConfig, tmp_path: Path):
+def without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in names}
+
+
+def test_a_checkpoint_from_before_an_option_was_trained_without_what_it_does(config: TrainConfig, tmp_path: Path):
     path = tmp_path / "old.checkpoint"
-    Training(config, pairs_of(config)).run(path, stop_after=3)
+    Training(changed(config, balance=0), pairs_of(config)).run(path, stop_after=1)
     state = torch.load(path)
-    del state["config"], state["processes"]
-    state |= {"done": state["done"][:3], "spent_s": state["spent_s"][:3]}
+    bound = without(state["config"], "balance")
+    bound["draw"] = without(bound["draw"], "coded_share", "colour_share")
+    torch.save(state | {"config": bound}, path)
+    read_checkpoint(path, changed(config, balance=0))
+    as_it_comes = dataclasses.asdict(DRAW) | {"coded_share": 0.4, "colour_share": 0.5}
+    with pytest.raises(EngineError) as error:
+        read_checkpoint(path, changed(config, draw=as_it_comes))
+    named = "balance: 0 then, 0.5 now, draw.coded_share: 0 then, 0.4 now, draw.colour_share: 0 then, 0.5 now"
+    assert f"({named})" in str(error.value)
+    torch.save(state | {"config": bound | {"weights": without(bound["weights"], "tokens")}}, path)
+    with pytest.raises(EngineError, match=r"\(weights\.tokens: None then, 10\.0 now\)"):
+        read_checkpoint(path, changed(config, balance=0))
+
+
+@pytest.mark.parametrize("part", ["network", "optimizer"])
+def test_a_checkpoint_of_an_earlier_network_is_refused_in_one_line(config: TrainConfig, tmp_path: Path, part: str):
+    path = tmp_path / "tiny.checkpoint"
+    Training(config, pairs_of(config)).run(path, stop_after=1)
+    state = torch.load(path)
+    if part == "network":
+        for name in ("rate_infrared.weight", "rate_infrared.bias"):
+            state["network"][name] = state["network"][name][:1]  # one strength for all kinds together
+    else:
+        state["optimizer"]["param_groups"][0]["params"].pop()
     torch.save(state, path)
-    resumed = Training(config, pairs_of(config))
-    resumed.load(path)
-    assert (resumed.stage, resumed.done) == (2, [2, 1, 0, 0])
-    assert resumed.run()
+    with pytest.raises(
+        EngineError, match=r"another version.*begin anew .* with .*tiny\.safetensors as `start`"
+    ) as error:
+        Training(config, pairs_of(config)).load(path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_training_that_diverged_goes_on_with_a_lower_rate(config: TrainConfig, tmp_path: Path):
+    path = tmp_path / "a.checkpoint"
+    Training(config, pairs_of(config)).run(path, stop_after=1)
+    calmer = Training(changed(config, rates=(1e-9, 1e-9, 1e-9), clip=0.1), pairs_of(config))
+    calmer.load(path)
+    before = {name: value.clone() for name, value in calmer.network.state_dict().items()}
+    calmer.step(drawn(calmer))
+    assert calmer.optimizer.param_groups[0]["lr"] <= 1e-9
+    assert all(torch.allclose(value, before[name], atol=1e-7) for name, value in calmer.network.state_dict().items())
+
+
+def test_a_checkpoint_is_tied_to_its_teacher_and_not_to_where_that_lies(config: TrainConfig, tmp_path: Path):
+    path, weights = tmp_path / "a.checkpoint", tmp_path / "teacher.safetensors"
+    Training(config, pairs_of(config)).export(weights)
+    taught = changed(config, teacher={"variant": "tiny", "weights": str(weights)})
+    Training(taught, pairs_of(config)).save(path)
+    shutil.copy(weights, tmp_path / "elsewhere.safetensors")
+    read_checkpoint(
+        path, changed(config, teacher={"variant": "tiny", "weights": str(tmp_path / "elsewhere.safetensors")})
+    )
+    Training(changed(config, seed=2), pairs_of(config)).export(weights)  # another teacher at the same place
+    with pytest.raises(EngineError, match=r"\(teacher\.sha256: [0-9a-f]{64} then, [0-9a-f]{64} now\)"):
+        read_checkpoint(path, taught)
 
 
 def test_a_finished_training_goes_on_with_a_stage_that_is_added(config: TrainConfig, tmp_path: Path):
@@ -205,6 +318,26 @@ def test_a_finished_training_goes_on_with_a_stage_that_is_added(config: TrainCon
     assert longer.done == [1, 1, 1, 2]
 
 
+def test_raising_the_minutes_of_a_finished_training_gives_them_to_the_last_stage(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    path = tmp_path / "a.checkpoint"
+    timed = changed(config, iterations=None, minutes=0.04, shares=(1, 1, 1, 1), videos=str(tmp_path))
+    finished = Training(timed, pairs_of(config))
+    finished.stage = 4
+    finished.optimizer = finished._optimizer()
+    finished.stage, finished.done, finished.spent_s = 5, [9, 9, 9, 9], [0.6, 0.6, 0.6, 0.6]
+    finished.save(path)
+    with pytest.raises(EngineError, match="finished training with nothing left to do") as error:
+        Training(timed, pairs_of(config)).load(path)
+    assert "\n" not in str(error.value)
+    Training(changed(timed, minutes=40), pairs_of(config), journal=Journal(tmp_path)).load(path)
+    assert capsys.readouterr().err.strip() == (
+        "of a finished training only the last stage goes on: "
+        "stage IV after 9 iterations, with 10.0 minutes left to the end"
+    )
+
+
 def test_a_checkpoint_that_does_not_belong_here_is_refused_in_one_line(config: TrainConfig, tmp_path: Path):
     path = tmp_path / "a.checkpoint"
     training = Training(config, pairs_of(config))
@@ -213,7 +346,8 @@ def test_a_checkpoint_that_does_not_belong_here_is_refused_in_one_line(config: T
         read_checkpoint(path, changed(config, batch=4, draw=dataclasses.asdict(DRAW) | {"crop_px": 16}))
     with pytest.raises(EngineError, match="a checkpoint of 'tiny', not of 'nano'"):
         read_checkpoint(path, changed(config, variant="nano"))
-    read_checkpoint(path, changed(config, minutes=99, threads=2, precision="bf16"))  # where and how long may change
+    # Where, how long and how fast may change.
+    read_checkpoint(path, changed(config, minutes=99, threads=2, precision="bf16", rates=(1e-5, 1e-5, 1e-5), clip=0.5))
     torch.save({"weights": 1}, tmp_path / "b.checkpoint")
     with pytest.raises(EngineError, match="no checkpoint of a training"):
         read_checkpoint(tmp_path / "b.checkpoint", config)
@@ -236,12 +370,81 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path: Path):
     assert path.read_text() == "old"
 
 
-def test_a_new_training_keeps_the_checkpoint_of_an_earlier_one(config: TrainConfig):
-    short = changed(config, iterations=(1, 0, 0), warm_up_items=0)
-    first = train(short)
-    before = first.checkpoint.read_bytes()
-    train(short)
-    assert first.checkpoint.with_name("tiny.previous.checkpoint").read_bytes() == before
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_training_keeps_everything_of_the_earlier_ones(config: TrainConfig, capsys: pytest.CaptureFixture[str]):
+    short = changed(config, iterations=(1, 0, 0), warm_up_items=0, held_back=1)
+    folder = Path(config.output)
+    kept = {"tiny.checkpoint", "tiny.safetensors", "log.jsonl", "pictures/0000001_stage_I.png"}
+    trained = []
+    for seed in (1, 2, 3):
+        train(changed(short, seed=seed))
+        trained.append({name: (folder / name).read_bytes() for name in kept})
+    assert (
+        "kept as tiny.previous2.checkpoint, tiny.previous2.safetensors, log.previous2.jsonl" in capsys.readouterr().err
+    )
+    for word, files in zip(("previous", "previous2"), trained, strict=False):
+        assert (folder / f"tiny.{word}.checkpoint").read_bytes() == files["tiny.checkpoint"]
+        assert (folder / f"tiny.{word}.safetensors").read_bytes() == files["tiny.safetensors"]
+        assert (folder / f"log.{word}.jsonl").read_bytes() == files["log.jsonl"]
+        assert contents(folder / f"pictures.{word}") == {"0000001_stage_I.png": files["pictures/0000001_stage_I.png"]}
+    assert {name: (folder / name).read_bytes() for name in kept} == trained[2]
+    assert len((folder / "log.jsonl").read_text().splitlines()) == 2  # its own: train and validation
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_training_that_cannot_begin_leaves_the_earlier_one_as_it_is(config: TrainConfig, resume: bool):
+    train(changed(config, iterations=(1, 0, 0), warm_up_items=0, held_back=1))
+    before = contents(Path(config.output))
+    with pytest.raises(EngineError):
+        train(changed(config, subsets=("raod",)), resume)
+    replace_member(Path(config.data), "wood/ir/c.png", b"")
+    with pytest.raises(EngineError, match="no picture"):
+        train(changed(config, iterations=(2, 0, 0), warm_up_items=0, held_back=1), resume)
+    assert contents(Path(config.output)) == before
+
+
+def test_a_training_can_begin_with_the_weights_that_it_replaces(config: TrainConfig):
+    weights = train(config).weights
+    before = weights.read_bytes()
+    again = train(changed(config, start=str(weights), seed=2))
+    assert weights.with_name("tiny.previous.safetensors").read_bytes() == before
+    assert again.weights == weights
+    assert weights.read_bytes() != before
+
+
+def test_a_stop_in_the_warm_up_has_no_result_and_leaves_the_earlier_one(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    train(config)
+    before = contents(Path(config.output))
+
+    @contextmanager
+    def at_once() -> Iterator[Callable[[], bool]]:
+        yield lambda: True
+
+    monkeypatch.setattr(train_module, "stop_requested", at_once)
+    (tmp_path / "train.yaml").write_text(json.dumps(config.model_dump(mode="json")))
+    capsys.readouterr()
+    main([str(tmp_path / "train.yaml")])
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert "stopped during the warm-up" in told.err
+    outcome = train(config)
+    assert (outcome.weights, outcome.checkpoint, outcome.finished) == (None, None, False)
+    assert contents(Path(config.output)) == before
+
+
+def test_only_the_first_process_tells_and_writes(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    @contextmanager
+    def second(_: str) -> Iterator[Processes]:
+        yield Processes(rank=1)
+
+    monkeypatch.setattr(train_module, "processes", second)
+    assert train(changed(config, iterations=(1, 0, 0), warm_up_items=0)) is None
+    assert not Path(config.output).exists()
 
 
 def test_a_signal_saves_and_ends_with_one_line(config: TrainConfig, capsys: pytest.CaptureFixture[str]):
@@ -273,10 +476,12 @@ def test_training_exports_weights_that_load(config: TrainConfig):
         assert file.metadata()["iterations"] == "2+2+2+0"
 
 
-def test_a_finished_training_resumes_to_nothing(config: TrainConfig):
-    before = load_file(train(config).weights)
-    after = load_file(train(config, resume=True).weights)
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
+def test_a_finished_training_has_nothing_to_resume(config: TrainConfig):
+    train(config)
+    before = contents(Path(config.output))
+    with pytest.raises(EngineError, match="finished training with nothing left to do"):
+        train(config, resume=True)
+    assert contents(Path(config.output)) == before
 
 
 def test_resuming_without_a_checkpoint_is_refused(config: TrainConfig):
@@ -287,7 +492,22 @@ def test_resuming_without_a_checkpoint_is_refused(config: TrainConfig):
 def test_a_training_can_begin_with_the_weights_of_another(config: TrainConfig):
     weights = train(config).weights
     following = Training(config, pairs_of(config))
-    assert take_fitting(following.network, weights) == len(following.average)
+    assert take_fitting(following.network, weights) == []
+
+
+def test_what_does_not_fit_the_weights_to_begin_with_is_named(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    earlier = Training(config, pairs_of(config))
+    number = len(earlier.average)
+    earlier.average["rate_infrared.weight"] = earlier.average["rate_infrared.weight"][:1]
+    del earlier.average["rate_visible.bias"]
+    earlier.export(tmp_path / "earlier.safetensors")
+    following = changed(config, start=str(tmp_path / "earlier.safetensors"))
+    Training(following, pairs_of(config), journal=Journal(tmp_path)).begin()
+    assert capsys.readouterr().err.strip() == (
+        f"{number - 2} of {number} tensors from earlier.safetensors; anew: rate_infrared.weight, rate_visible.bias"
+    )
 
 
 def test_what_an_encoder_learned_already_is_not_warmed_up_again(config: TrainConfig):
@@ -341,7 +561,9 @@ def test_the_shipped_configurations_are_valid():
         "train_base": "base",
         "train_nano": "nano",
         "train_nano_distil": "nano",
+        "train_nano_distil_small": "nano",
         "train_small": "small",
+        "train_small_distil": "small",
     }
 
 
@@ -468,21 +690,48 @@ def test_the_journal_tells_losses_validation_priors_and_pictures(config: TrainCo
 
 def test_a_journal_that_goes_on_drops_what_will_come_again(tmp_path: Path):
     journal = Journal(tmp_path)
+    journal.open()
     for step in (50, 100, 150):
         journal.note("train", "I", step, step, 1.0, {"colour": 0.5})
     journal.close()
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"what": "tra')  # cut off by a power failure
-    Journal(tmp_path, step=100).close()
+    Journal(tmp_path).open(100)
     assert [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()] == [50, 100]
 
 
 def test_a_missing_tensorboard_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
     monkeypatch.setattr(journal_module, "find_spec", lambda _: None)
-    Journal(tmp_path).close()
+    Journal(tmp_path).open()
     said = capsys.readouterr().err.split()
     assert " ".join(said).startswith("TensorBoard is not installed")
     assert not (tmp_path / "tensorboard").exists()
+
+
+def test_tensorboard_shows_losses_and_pictures_where_it_is_installed(tmp_path: Path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    journal = Journal(tmp_path)
+    journal.open()
+    for step, colour in ((50, 0.5), (100, 0.25)):
+        journal.note("train", "I", step, step, 1.0, {"colour": colour})
+    journal.show(np.zeros((8, 8, 3), np.uint8), "I", 100)
+    journal.close()
+    board = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("train/colour")] == [(50, 0.5), (100, 0.25)]
+    assert [event.step for event in board.Images("validation/pictures")] == [100]
+
+
+def test_stage_one_is_judged_without_the_denoiser_that_has_learned_nothing_yet(config: TrainConfig):
+    pairs = pairs_of(config)
+    network = Training(config, pairs).judged
+    validation = Validation(pairs[:1], config, torch.device("cpu"))
+    before = {stage: validation.judge(network, stage)[0] for stage in (1, 3)}
+    with torch.no_grad():
+        for parameter in network.diffusion.parameters():
+            parameter += 1
+    assert validation.judge(network, 1)[0] == before[1]
+    assert validation.judge(network, 3)[0]["flicker"] != before[3]["flicker"]
 
 
 def test_four_pairs_are_learned_by_heart(config: TrainConfig):

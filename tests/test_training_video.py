@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import av
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -61,6 +62,25 @@ def test_a_folder_that_cannot_be_used_is_refused(clips: Path, tmp_path: Path):
     (clips / "street_vi.mkv").unlink()
     with pytest.raises(EngineError, match="no visible partner"):
         read_clips(clips, 64)
+
+
+def test_clips_of_unequal_length_or_size_are_refused(clips: Path):
+    write_clip(clips / "street_ir.mkv", [textured(1)[..., 0].copy()] * 2)
+    with pytest.raises(EngineError, match=r"street_ir\.mkv has 2 frames and street_vi\.mkv 3"):
+        read_clips(clips, 64)
+    write_clip(clips / "street_ir.mkv", [textured(1, 96, 104)[..., 0].copy()] * 3)
+    with pytest.raises(EngineError, match="differ in size"):
+        read_clips(clips, 64)
+
+
+def test_a_clip_whose_size_changes_is_refused(tmp_path: Path):
+    """As a stream of pictures can: the first frames of both agree."""
+    for kind, last in (("ir", 96), ("vi", 104)):
+        pictures = [textured(1), textured(2), textured(3, 96, last)]
+        stream = b"".join(cv2.imencode(".jpg", picture)[1].tobytes() for picture in pictures)
+        (tmp_path / f"street_{kind}.mjpeg").write_bytes(stream)
+    with pytest.raises(EngineError, match="differ in size"):
+        read_clips(tmp_path, 64)
 
 
 def test_a_video_batch_depends_on_its_number_alone(clips: Path):

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from engines.base import EngineError
-from engines.training.config import STAGES, TrainConfig
+from engines.training.config import FREE_TO_CHANGE, TrainConfig
 
-KEYS = ("network", "average", "optimizer", "stage", "done", "spent_s", "recent", "variant")
+KEYS = ("network", "average", "optimizer", "stage", "done", "spent_s", "recent", "variant", "processes", "config")
+# Options that came later, and the value that stands for what was done without them: checkpoints may not know them yet.
+LATER_OPTIONS: dict[str, Any] = {"balance": 0, "draw": {"camera_share": 0, "coded_share": 0, "colour_share": 0}}
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -25,13 +27,13 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     partial.replace(path)
 
 
-def write_checkpoint(path: Path, state: dict[str, Any], config: TrainConfig) -> None:
-    """Writes a training's state together with the configuration that it is tied to."""
-    write_whole(path, lambda partial: torch.save(state | {"config": config.binding()}, partial))
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Writes a training's state, with the `TrainConfig.binding` that it is tied to as its `config`."""
+    write_whole(path, lambda partial: torch.save(state, partial))
 
 
 def read_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any]:
-    """The state to go on from, on the CPU. Checkpoints of three stages are read as if the fourth had not begun.
+    """The state to go on from, on the CPU.
 
     Raises:
         EngineError: there is none, it is damaged, or it belongs to another training.
@@ -46,25 +48,30 @@ def read_checkpoint(path: Path, config: TrainConfig) -> dict[str, Any]:
         raise EngineError(f"{path} is no checkpoint of a training: name the folder of one in `output`")
     if state["variant"] != config.variant:
         raise EngineError(f"{path} is a checkpoint of '{state['variant']}', not of '{config.variant}'")
-    changed = differing(state.get("config", {}), config.binding())
+    changed = differing(_completed(state["config"]), config.binding())
     if changed:
         raise EngineError(
             f"{path} was trained with another configuration ({', '.join(changed)}): "
-            "set it back, or name another folder in `output` and begin with `start`"
+            "set it back, or begin anew without --resume, with its weights as `start`"
         )
-    for key in ("done", "spent_s"):
-        state[key] = [*state[key], *[0] * (STAGES - len(state[key]))]
     return state
 
 
+def _completed(binding: dict[str, Any]) -> dict[str, Any]:
+    """What an older version bound a checkpoint to, in the words of this one."""
+    bound = {key: value for key, value in binding.items() if key not in FREE_TO_CHANGE}
+    return LATER_OPTIONS | bound | {"draw": LATER_OPTIONS["draw"] | bound["draw"]}
+
+
 def differing(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted names of what both know and say differently."""
+    """Dotted names of what is said differently; what one of them does not know counts as None."""
     names = []
-    for key in sorted(before.keys() & now.keys()):
-        if isinstance(before[key], dict) and isinstance(now[key], dict):
-            names += differing(before[key], now[key], f"{prefix}{key}.")
-        elif before[key] != now[key]:
-            names.append(f"{prefix}{key}: {before[key]} then, {now[key]} now")
+    for key in sorted(before.keys() | now.keys()):
+        was, is_now = before.get(key), now.get(key)
+        if isinstance(was, dict) and isinstance(is_now, dict):
+            names += differing(was, is_now, f"{prefix}{key}.")
+        elif was != is_now:
+            names.append(f"{prefix}{key}: {was} then, {is_now} now")
     return names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,10 +16,11 @@ from engines.training.losses import LossWeights
 
 STAGES = 4
 FOLDERS = ("data", "fields", "output", "start", "videos")  # relative to the configuration's own file
-# What may differ between a checkpoint and the configuration that goes on with it: where and for how long it runs.
+# What may differ between a checkpoint and the configuration that goes on with it: where, for how long and how fast it
+# learns. A training that diverged goes on from its checkpoint with lower rates or a lower clip.
 FREE_TO_CHANGE = (
-    "data", "fields", "output", "start", "videos", "minutes", "shares", "iterations", "threads", "drawing_threads",
-    "checkpoint_s", "validate_minutes", "device", "precision", "warm_up_items", "warm_up_iterations",
+    "data", "fields", "output", "start", "videos", "minutes", "shares", "iterations", "rates", "clip", "threads",
+    "drawing_threads", "checkpoint_s", "validate_minutes", "device", "precision", "warm_up_items", "warm_up_iterations",
 )  # fmt: skip
 
 Positive = Annotated[float, Field(gt=0)]
@@ -36,6 +38,12 @@ class TeacherConfig(BaseModel):
     share: float = Field(0.5, gt=0, le=1)  # of the image losses: the rest still looks at the clean sources
     steps: int = Field(4, ge=1, le=10)  # of its diffusion
 
+    def binding(self) -> dict[str, Any]:
+        """What a checkpoint is tied to: the weights themselves, wherever they lie."""
+        path = variants.default_weights(self.variant) if self.weights is None else Path(self.weights)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+        return self.model_dump(mode="json", exclude={"weights"}) | {"sha256": sha256}
+
 
 class TrainConfig(BaseModel):
     """One training. Unknown keys are refused."""
@@ -44,7 +52,7 @@ class TrainConfig(BaseModel):
 
     variant: str = "nano"
     data: str  # folder with index.csv and tar parts
-    fields: str | None = None  # npz of residual displacements of the infrared pictures
+    fields: str | None = None  # npz of residual displacements of the infrared pictures, for those of its size
     subsets: tuple[str, ...] = Field(("msrs", "roadscene", "llvip", "tno", "m3fd", "fmb"), min_length=1)
     balance: Share = Field(0.5, le=1)  # 0 draws all pairs alike, 1 all subsets alike
     videos: str | None = None  # folder of registered clips *_ir.mkv and *_vi.mkv, for stage IV
@@ -101,7 +109,8 @@ class TrainConfig(BaseModel):
 
     def binding(self) -> dict[str, Any]:
         """What a checkpoint is tied to, as plain values: another seed or loss would be another training."""
-        return self.model_dump(mode="json", exclude=set(FREE_TO_CHANGE))
+        teacher = None if self.teacher is None else self.teacher.binding()
+        return self.model_dump(mode="json", exclude={*FREE_TO_CHANGE, "teacher"}) | {"teacher": teacher}
 
 
 def read_config(path: Path) -> TrainConfig:

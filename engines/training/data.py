@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import tarfile
+import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +28,7 @@ from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, EngineErro
 from engines.degrade import CAMERA, CODED, degrade_infrared, degrade_visible
 from engines.dspfusion.head import BLUE, GREEN, RED
 
+COLUMNS = ("subset", "tar", "ir", "vi")  # of index.csv; more of them are fine
 LARGE_PX = 700
 DARK = 0.25  # mean luminance under which a picture counts as taken at night
 SECOND_STRENGTH = 0.3  # at most
@@ -89,73 +92,134 @@ def read_pairs(folder: Path, subsets: tuple[str, ...], fields: Path | None, leas
         folder: holds index.csv and the tar parts it names.
         subsets: those to read.
         fields: an npz of residual displacements by subset, (H, W, 2) as (dx, dy): the infrared pictures of a subset
-            named there are corrected by it. None corrects nothing.
+            named there are corrected by it where they have its size. None corrects nothing.
         least_px: smaller pictures are enlarged until their shorter side has this many pixels.
 
     Raises:
-        EngineError: there is no index, nothing in it belongs to the subsets, or a file that is named is not there.
+        EngineError: there is no index, nothing in it belongs to the subsets, or a file that is named is not there or
+            not what it should be.
     """
     return list(reading_pairs(folder, subsets, fields, least_px)[1])
 
 
 def reading_pairs(
-    folder: Path, subsets: tuple[str, ...], fields: Path | None, least_px: int
+    folder: Path,
+    subsets: tuple[str, ...],
+    fields: Path | None,
+    least_px: int,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[int, Iterator[Pair]]:
-    """As `read_pairs`, one pair at a time: how many there are, and the pairs."""
+    """As `read_pairs`, one pair at a time: how many there are, and the pairs.
+
+    At their end `say` is told how many pictures the fields fitted.
+    """
     index = folder / "index.csv"
     if not index.is_file():
         raise EngineError(f"there is no training data in {folder}: it needs index.csv and the tar parts named there")
-    with index.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["subset"] in subsets]
+    rows = [row for row in _listed(index) if row["subset"] in subsets]
     if not rows:
         raise EngineError(f"{index} lists no pair of {', '.join(subsets)}: name other subsets")
-    return len(rows), _read_rows(folder, rows, _corrections(fields), least_px)
+    return len(rows), _read_rows(folder, rows, _corrections(fields), least_px, say)
+
+
+def _listed(index: Path) -> list[dict[str, str]]:
+    try:
+        with index.open(newline="") as file:
+            reader = csv.DictReader(file)
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise EngineError(f"{index} cannot be read ({error}): fetch it again") from error
+    missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+    if missing:
+        raise EngineError(f"{index} has no column {', '.join(missing)}: it needs {', '.join(COLUMNS)}")
+    for number, row in enumerate(rows, 1):
+        if any(row[column] is None for column in COLUMNS):
+            raise EngineError(f"row {number} of {index} is cut off: it needs {', '.join(COLUMNS)}")
+    return rows
 
 
 def _corrections(fields: Path | None) -> dict[str, np.ndarray]:
     if fields is None:
         return {}
     try:
-        return dict(np.load(fields))
-    except (OSError, ValueError) as error:
+        corrections = dict(np.load(fields))
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise EngineError(
             f"{fields} holds no displacement fields ({error}): name an npz, or leave `fields` out"
         ) from error
+    for subset, field in corrections.items():
+        if field.ndim != 3 or field.shape[2] != 2 or field.dtype.kind not in "fiu":
+            raise EngineError(
+                f"`{subset}` in {fields} is no displacement field: it needs numbers of shape (height, width, 2), "
+                f"and is {field.dtype} of {field.shape}"
+            )
+    return corrections
 
 
 def _read_rows(
-    folder: Path, rows: list[dict[str, str]], corrections: dict[str, np.ndarray], least_px: int
+    folder: Path,
+    rows: list[dict[str, str]],
+    corrections: dict[str, np.ndarray],
+    least_px: int,
+    say: Callable[[str], None],
 ) -> Iterator[Pair]:
+    corrected: Counter[str] = Counter()
     for name in sorted({row["tar"] for row in rows}):
         try:
             with tarfile.open(folder / name) as tar:
                 for row in rows:
-                    if row["tar"] == name:
-                        yield _read_pair(tar, row, corrections.get(row["subset"]), least_px)
-        except (OSError, tarfile.TarError, KeyError) as error:
+                    if row["tar"] != name:
+                        continue
+                    infrared, visible = _read_pair(tar, row)
+                    field = corrections.get(row["subset"])
+                    if field is not None and field.shape[:2] == infrared.shape:
+                        infrared = _corrected(infrared, field)
+                        corrected[row["subset"]] += 1
+                    yield _sized(infrared, visible, row["subset"], least_px)
+        except (OSError, EOFError, tarfile.TarError, zlib.error, KeyError) as error:
             raise EngineError(f"{folder / name} cannot be read ({error}): fetch the tar part again") from error
+    if corrections:
+        listed = Counter(row["subset"] for row in rows)
+        fits = [f"{subset} fits {corrected[subset]} of {listed[subset]} pictures" for subset in corrections]
+        say(f"fields: {', '.join(fits)}")
 
 
-def _read_pair(tar: tarfile.TarFile, row: dict[str, str], field: np.ndarray | None, least_px: int) -> Pair:
-    infrared: np.ndarray = _decoded(tar, row["ir"], cv2.IMREAD_GRAYSCALE)
-    visible: np.ndarray = cv2.cvtColor(_decoded(tar, row["vi"], cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-    if field is not None and field.shape[:2] == infrared.shape:
-        y, x = np.mgrid[: infrared.shape[0], : infrared.shape[1]].astype(np.float32)
-        shift = field.astype(np.float32)
-        infrared = cv2.remap(infrared, x + shift[..., 0], y + shift[..., 1], cv2.INTER_LINEAR, None, cv2.BORDER_REFLECT)
-    height, width = visible.shape[:2]
+def _read_pair(tar: tarfile.TarFile, row: dict[str, str]) -> tuple[np.ndarray, np.ndarray]:
+    infrared = _decoded(tar, row["ir"], cv2.IMREAD_GRAYSCALE)
+    visible = cv2.cvtColor(_decoded(tar, row["vi"], cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+    if infrared.shape != visible.shape[:2]:
+        (height, width), (visible_height, visible_width) = infrared.shape, visible.shape[:2]
+        raise EngineError(
+            f"{row['ir']} has {width}x{height} pixels and {row['vi']} {visible_width}x{visible_height}: "
+            "a pair needs one size, register it first or take it out of index.csv"
+        )
+    return infrared, visible
+
+
+def _corrected(infrared: np.ndarray, field: np.ndarray) -> np.ndarray:
+    y, x = np.mgrid[: infrared.shape[0], : infrared.shape[1]].astype(np.float32)
+    shift = field.astype(np.float32)
+    return cv2.remap(infrared, x + shift[..., 0], y + shift[..., 1], cv2.INTER_LINEAR, None, cv2.BORDER_REFLECT)
+
+
+def _sized(infrared: np.ndarray, visible: np.ndarray, subset: str, least_px: int) -> Pair:
+    height, width = infrared.shape
     # Large pictures (1280 x 1024) are halved: their pixels are blurred more than a 640 x 480 camera's.
     scale = max(0.5 if min(height, width) >= LARGE_PX else 1.0, least_px / min(height, width))
     if scale != 1:
         size = (max(least_px, round(width * scale)), max(least_px, round(height * scale)))
         how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
         infrared, visible = cv2.resize(infrared, size, interpolation=how), cv2.resize(visible, size, interpolation=how)
-    return Pair(np.asarray(infrared, np.uint8), np.asarray(visible, np.uint8), row["subset"])
+    return Pair(np.asarray(infrared, np.uint8), np.asarray(visible, np.uint8), subset)
 
 
 def _decoded(tar: tarfile.TarFile, name: str, how: int) -> NDArray[np.uint8]:
     file = tar.extractfile(name)
-    picture = None if file is None else cv2.imdecode(np.frombuffer(file.read(), np.uint8), how)
+    encoded = b"" if file is None else file.read()
+    try:
+        picture = cv2.imdecode(np.frombuffer(encoded, np.uint8), how)
+    except cv2.error:  # nothing to decode, or more pixels than it takes
+        picture = None
     if picture is None:
         raise EngineError(f"{name} in {tar.name!s} is no picture: fetch the tar part again")
     return np.asarray(picture, np.uint8)

@@ -16,28 +16,33 @@ from engines.training.checkpoint import write_whole
 from engines.training.data import Drawn
 
 LOG = "log.jsonl"
+PICTURES = "pictures"
+BOARD = "tensorboard"
 
 
 class Journal:
-    """Writes into `folder`; None writes and says nothing (every process but the first)."""
+    """Writes into `folder` once it is opened; None writes and says nothing (every process but the first)."""
 
-    def __init__(self, folder: Path | None, step: int = 0) -> None:
-        """Opens the journal to go on after `step` iterations: what was logged later is dropped, it will come again."""
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.console = Console(stderr=True, quiet=folder is None, soft_wrap=True, highlight=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._board: Any = None
-        if folder is None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def open(self, step: int = 0) -> None:
+        """Goes on after `step` iterations: what was logged later is dropped, it will come again."""
+        if self.folder is None:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        _keep_until(folder / LOG, step)
+        _keep_until(self.folder / LOG, step)
         if find_spec("tensorboard") is None:
-            self.say(f"TensorBoard is not installed: the journal is {folder / LOG} alone")
+            self.say(f"TensorBoard is not installed: the journal is {self.folder / LOG} alone")
         else:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(self.folder / BOARD), purge_step=step + 1)  # type: ignore[no-untyped-call]
 
     def say(self, line: str) -> None:
         """A line for people."""
@@ -90,7 +95,7 @@ class Journal:
         import cv2
 
         encoded = cv2.imencode(".png", picture[..., ::-1])[1].tobytes()
-        path = self.folder / "pictures" / f"{step:07d}_stage_{stage}.png"
+        path = self.folder / PICTURES / f"{step:07d}_stage_{stage}.png"
         write_whole(path, lambda partial: partial.write_bytes(encoded))
         if self._board is not None:
             self._board.add_image("validation/pictures", picture, step, dataformats="HWC")

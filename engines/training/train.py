@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import cv2
@@ -41,7 +42,7 @@ from engines.training.data import (
     reading_pairs,
 )
 from engines.training.distributed import ALONE, Processes, processes
-from engines.training.journal import Journal
+from engines.training.journal import BOARD, LOG, PICTURES, Journal
 from engines.training.stages import (
     NAMES,
     Noise,
@@ -57,14 +58,15 @@ from engines.training.validation import Validation
 from engines.training.video import Clip, VideoBatch, draw_video_batch, read_clips
 
 REPORTED_ITERATIONS = 50
+NAMED_TENSORS = 8  # at most, of those that did not fit
 
 
 @dataclass(frozen=True)
 class Outcome:
     """How a training ended."""
 
-    weights: Path
-    checkpoint: Path
+    weights: Path | None  # None: it was stopped during the warm-up, and has written nothing
+    checkpoint: Path | None
     finished: bool  # False: it was asked to stop, and can go on with --resume
     iterations: list[int]  # of each stage
     minutes: list[float]
@@ -98,6 +100,7 @@ class Training:
         self.validation = Validation(held, config, team.device) if held and team.first else None
         self.last_validation: dict[str, float] = {}
         self.teacher = Teacher(config.teacher, team.device) if config.teacher else None
+        self.binding = config.binding()
         self.average = {name: value.clone() for name, value in self.network.state_dict().items()}
         self.stage = 1
         self.done = [0] * STAGES  # iterations of each stage
@@ -113,8 +116,8 @@ class Training:
         """
         ended = True
         if self.config.start is not None:
-            taken = take_fitting(self.network, Path(self.config.start))
-            self.journal.say(f"{taken} tensors from {Path(self.config.start).name}")
+            anew = take_fitting(self.network, Path(self.config.start))
+            self.journal.say(_told(anew, len(self.average), Path(self.config.start)))
         else:
             ended = warm_up(
                 self.network,
@@ -142,13 +145,22 @@ class Training:
 
     def progress(self) -> float:
         """How much of the current stage is done, from 0 to 1."""
-        current = self.stage - 1
+        planned, passed = self._planned()[self.stage - 1], self._passed()[self.stage - 1]
+        return min(1.0, passed / planned) if planned else 1.0
+
+    def _planned(self) -> list[float]:
+        """What each stage is given: iterations, or else seconds."""
         if self.config.iterations is not None:
-            planned = self.config.iterations[current]
-            return min(1.0, self.done[current] / planned) if planned else 1.0
-        shares = self.config.shares
-        budget_s = 60 * self.config.minutes * shares[current] / sum(shares)
-        return min(1.0, self.spent_s[current] / budget_s) if budget_s else 1.0
+            return [*self.config.iterations]
+        return [60 * self.config.minutes * share / sum(self.config.shares) for share in self.config.shares]
+
+    def _passed(self) -> list[float]:
+        return self.spent_s if self.config.iterations is None else [*self.done]
+
+    def left(self) -> float:
+        """What the current stage and those after it have left: iterations, or else seconds."""
+        stages = zip(self._planned(), self._passed(), strict=True)
+        return sum(max(0.0, planned - passed) for planned, passed in [*stages][self.stage - 1 :])
 
     def run(
         self,
@@ -317,30 +329,49 @@ class Training:
             "recent": self.recent,
             "variant": self.config.variant,
             "processes": self.team.size,
+            "config": self.binding,
         }
-        write_checkpoint(path, state, self.config)
+        write_checkpoint(path, state)
         self.export(path.with_name(f"{self.config.variant}.safetensors"))
 
     def load(self, path: Path) -> None:
         """Goes on from a checkpoint.
 
         Raises:
-            EngineError: it is missing, damaged, or belongs to another training.
+            EngineError: it is missing, damaged, belongs to another training or another version's network, or has
+                nothing left to do.
         """
         state = read_checkpoint(path, self.config)
-        if state.get("processes", 1) != self.team.size:
+        if state["processes"] != self.team.size:
             self.journal.say(
-                f"{path.name} was written by {state.get('processes', 1)} processes, and {self.team.size} go on: "
+                f"{path.name} was written by {state['processes']} processes, and {self.team.size} go on: "
                 "their draws are others than an unbroken training would have seen"
             )
         # A finished training goes on with its last stage, should that have been given more to do.
+        finished = state["stage"] > STAGES
         self.stage, self.done, self.spent_s = min(state["stage"], STAGES), state["done"], state["spent_s"]
-        self.recent = state["recent"] if state["stage"] <= STAGES else {}
-        self.network.load_state_dict(state["network"])
-        self.average = {name: value.to(self.team.device) for name, value in state["average"].items()}
-        self.optimizer = self._optimizer()
-        if self.done[self.stage - 1] > 0:
-            self.optimizer.load_state_dict(state["optimizer"])
+        self.recent = {} if finished else state["recent"]
+        if finished and self.left() == 0:
+            raise EngineError(
+                f"{path} is of a finished training with nothing left to do: only stage {NAMES[-1]} could go on, and is "
+                "given no more. Begin anew without --resume, with its weights as `start`"
+            )
+        try:
+            self.network.load_state_dict(state["network"])
+            self.average = {name: value.to(self.team.device) for name, value in state["average"].items()}
+            self.optimizer = self._optimizer()
+            if self.done[self.stage - 1] > 0:
+                self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise EngineError(
+                f"{path} holds a '{self.config.variant}' network of another version, which does not fit this one: "
+                f"begin anew without --resume, with {path.with_suffix('.safetensors')} as `start`"
+            ) from error
+        left = f"{self.left() / 60:.1f} minutes" if self.config.iterations is None else f"{self.left():.0f} iterations"
+        self.journal.say(
+            f"{'of a finished training only the last stage goes on: ' if finished else 'going on in '}"
+            f"stage {NAMES[self.stage - 1]} after {self.done[self.stage - 1]} iterations, with {left} left to the end"
+        )
 
     def export(self, path: Path) -> None:
         """Writes the averaged weights as safetensors."""
@@ -374,11 +405,11 @@ class _Clock:
         return due
 
 
-def take_fitting(network: DSPFusion, path: Path) -> int:
+def take_fitting(network: DSPFusion, path: Path) -> list[str]:
     """Takes over the tensors of a weights file that fit by name and shape.
 
     Returns:
-        How many were taken.
+        The names of the network's tensors that found none, and begin anew.
 
     Raises:
         EngineError: the file cannot be read, or nothing in it fits.
@@ -392,7 +423,14 @@ def take_fitting(network: DSPFusion, path: Path) -> int:
     if not fitting:
         raise EngineError(f"no tensor of {path} fits this variant: name weights of the same size in `start`")
     network.load_state_dict(state | fitting)
-    return len(fitting)
+    return [name for name in state if name not in fitting]
+
+
+def _told(anew: list[str], number: int, start: Path) -> str:
+    """What was taken of the network's tensors from the weights to start from, in a line."""
+    taken = f"{number - len(anew)} of {number} tensors from {start.name}"
+    more = [f"and {len(anew) - NAMED_TENSORS} more"] if len(anew) > NAMED_TENSORS else []
+    return f"{taken}; anew: {', '.join([*anew[:NAMED_TENSORS], *more])}" if anew else taken
 
 
 def _schedule(progress: float, iteration: int) -> float:
@@ -401,8 +439,11 @@ def _schedule(progress: float, iteration: int) -> float:
     return rise * (0.01 + 0.99 * 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress)))))
 
 
-def train(config: TrainConfig, resume: bool = False) -> Outcome:
+def train(config: TrainConfig, resume: bool = False) -> Outcome | None:
     """Trains to the end of the budget, or until SIGINT or SIGTERM asks for an end.
+
+    Returns:
+        How it ended; None in every process but the first, which alone writes.
 
     Raises:
         EngineError: the data, the checkpoint or the teacher cannot be used, or the loss diverged.
@@ -413,46 +454,71 @@ def train(config: TrainConfig, resume: bool = False) -> Outcome:
     with stop_requested() as stopping, processes(config.device) as team:
         output = Path(config.output)
         checkpoint = output / f"{config.variant}.checkpoint"
-        step = sum(read_checkpoint(checkpoint, config)["done"]) if resume else 0
-        with closing(Journal(output if team.first else None, step)) as journal:
+        if resume:
+            read_checkpoint(checkpoint, config)  # reading the pairs takes a while, and a refusal should not
+        with closing(Journal(output if team.first else None)) as journal:
             fields = None if config.fields is None else Path(config.fields)
-            number, read = reading_pairs(Path(config.data), config.subsets, fields, config.draw.region_px)
+            least_px = config.draw.region_px
+            number, read = reading_pairs(Path(config.data), config.subsets, fields, least_px, journal.say)
             pairs = list(journal.reading(read, number, "reading pairs"))
             clips = []
             if config.videos is not None and (config.iterations or config.shares)[-1] > 0:
-                clips = read_clips(Path(config.videos), config.draw.region_px)
+                clips = read_clips(Path(config.videos), least_px)
             training = Training(config, pairs, clips, team, journal)
             ready = True
             if resume:
                 training.load(checkpoint)
             else:
-                if team.first and checkpoint.exists():
-                    journal.say(f"an earlier checkpoint is kept as {keep_aside(checkpoint).name}")
                 ready = training.begin(stopping)
-            finished = ready and training.run(checkpoint, stopping=stopping)
             if not ready:
                 journal.say("stopped during the warm-up: there is nothing to save yet")
-            elif not finished:
+                return _outcome(training, None, False)
+            # Only now: whatever fails before leaves the files of an earlier training where they are.
+            kept = keep_aside(output, config.variant) if team.first and not resume else []
+            if kept:
+                journal.say(f"an earlier training is kept as {', '.join(kept)}")
+            journal.open(sum(training.done))
+            finished = training.run(checkpoint, stopping=stopping)
+            if not finished:
                 current = training.stage - 1
                 journal.say(
                     f"stopped in stage {NAMES[current]} after {training.done[current]} iterations, "
                     f"saved to {checkpoint}: go on with --resume"
                 )
-            return Outcome(
-                checkpoint.with_name(f"{config.variant}.safetensors"),
-                checkpoint,
-                finished,
-                training.done,
-                [spent / 60 for spent in training.spent_s],
-                training.last_validation,
-            )
+            return _outcome(training, checkpoint, finished)
 
 
-def keep_aside(checkpoint: Path) -> Path:
-    """Renames the checkpoint of an earlier training, so that a new one does not overwrite it."""
-    aside = checkpoint.with_name(f"{checkpoint.stem}.previous.checkpoint")
-    checkpoint.replace(aside)
-    return aside
+def _outcome(training: Training, checkpoint: Path | None, finished: bool) -> Outcome | None:
+    if not training.team.first:
+        return None
+    return Outcome(
+        None if checkpoint is None else checkpoint.with_suffix(".safetensors"),
+        checkpoint,
+        finished,
+        training.done,
+        [spent / 60 for spent in training.spent_s],
+        training.last_validation,
+    )
+
+
+def keep_aside(output: Path, variant: str) -> list[str]:
+    """Renames what an earlier training left, so that a new one does not overwrite it.
+
+    Returns:
+        The new names, all with one number; none where there was nothing to keep.
+    """
+    telling = [output / name for name in (f"{variant}.checkpoint", f"{variant}.safetensors", LOG)]
+    if not any(path.exists() for path in telling):
+        return []
+    left = [path for path in (*telling, output / PICTURES, output / BOARD) if path.exists()]
+    for number in count(1):
+        word = "previous" if number == 1 else f"previous{number}"
+        aside = [path.with_name(f"{path.stem}.{word}{path.suffix}") for path in left]
+        if not any(path.exists() for path in aside):
+            break
+    for path, new in zip(left, aside, strict=True):
+        path.replace(new)
+    return [path.name for path in aside]
 
 
 @contextmanager
@@ -494,9 +560,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
     options = parser.parse_args(arguments)
     try:
-        print(train(with_minutes(read_config(options.config), options.minutes), options.resume).weights)
+        outcome = train(with_minutes(read_config(options.config), options.minutes), options.resume)
     except EngineError as error:
         sys.exit(f"error: {error}")
+    if outcome is not None and outcome.weights is not None:
+        print(outcome.weights)
 
 
 if __name__ == "__main__":

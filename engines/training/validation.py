@@ -42,6 +42,8 @@ class Validation:
     def judge(self, network: DSPFusion, stage: int) -> tuple[dict[str, float], NDArray[np.uint8]]:
         """Mean image losses over the regions, the share of degradations named, and the change between two frames.
 
+        In stage I, before the denoiser has learned anything, nothing passes through it.
+
         Returns:
             The values by name, and a sheet: infrared | visible, both degraded | fused | brighter clean source,
             one row a pair.
@@ -63,7 +65,7 @@ class Validation:
                 if int(kind) != IGNORED:
                     values.setdefault(name, []).append(float(logits.argmax() == kind[0]))
             rows.append(_row(batch, fused))
-        moving = video_losses(network, self.neighbours, Noise(JUDGED_STEPS))
+        moving = video_losses(network, self.neighbours, Noise(0 if stage == 1 else JUDGED_STEPS))
         means = {name: float(np.mean(found)) for name, found in values.items()}
         return means | {name: moving[name].item() for name in ("flicker", "warped")}, np.concatenate(rows)
 

@@ -54,14 +54,19 @@ def _read_clip(thermal: Path, least_px: int) -> Clip:
     colour = thermal.with_name(thermal.name.replace("_ir.", "_vi."))
     if not colour.is_file():
         raise EngineError(f"{thermal.name} has no visible partner {colour.name} beside it: add it or remove the clip")
-    clip = [
-        Pair(infrared, visible)
-        for infrared, visible in zip(_decoded(thermal, "gray"), _decoded(colour, "rgb24"), strict=False)
-    ]
-    if len(clip) < 2:
-        raise EngineError(f"{thermal.name} and {colour.name} have fewer than two frames in common: remove the clip")
-    if clip[0].infrared.shape != clip[0].visible.shape[:2]:
-        raise EngineError(f"{thermal.name} and {colour.name} differ in size: stage IV needs registered clips")
+    infrared, visible = list(_decoded(thermal, "gray")), list(_decoded(colour, "rgb24"))
+    if len(infrared) != len(visible):
+        raise EngineError(
+            f"{thermal.name} has {len(infrared)} frames and {colour.name} {len(visible)}: "
+            "cut both to the frames that belong together"
+        )
+    if len(infrared) < 2:
+        raise EngineError(f"{thermal.name} and {colour.name} have fewer than two frames: remove the clip")
+    if len({frame.shape[:2] for frame in (*infrared, *visible)}) > 1:
+        raise EngineError(
+            f"the frames of {thermal.name} and {colour.name} differ in size: stage IV needs registered clips"
+        )
+    clip = [Pair(*frames) for frames in zip(infrared, visible, strict=True)]
     if min(clip[0].infrared.shape) < least_px:
         raise EngineError(f"{thermal.name} is smaller than draw.region_px, {least_px}: remove the clip or lower that")
     return clip

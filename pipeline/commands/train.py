@@ -21,16 +21,19 @@ def train(
 ) -> None:
     """Train the network in four stages: priors and fusion, diffusion, fusion with restored priors, video.
 
-    Ctrl-C saves a checkpoint and ends. Several GPUs, or processes on one machine:
+    Ctrl-C saves a checkpoint and ends. Beginning anew keeps what an earlier training left in the same folder, as
+    *.previous*. Several GPUs, or processes on one machine:
     torchrun --nproc-per-node 2 -m engines.training.train CONFIG [--minutes M] [--resume]
     """
     from engines.training.config import read_config
-    from engines.training.train import Outcome, with_minutes
     from engines.training.train import train as train_network
+    from engines.training.train import with_minutes
     from pipeline.telemetry import write_report
 
-    outcome: Outcome = train_network(with_minutes(read_config(config), minutes), resume=resume)
+    outcome = train_network(with_minutes(read_config(config), minutes), resume=resume)
+    if outcome is None:  # the first process tells
+        return
     if as_json:
         write_report({name: str(v) if isinstance(v, Path) else v for name, v in asdict(outcome).items()}, as_json)
-    if as_json != "-" and outcome.weights.is_file():  # not so where the end was asked for before the first iteration
+    if as_json != "-" and outcome.weights is not None:
         print(outcome.weights)
