@@ -168,10 +168,10 @@ def _compression(picture: Picture, strength: float, random: np.random.Generator)
 
 def _jpeg(picture: Picture, quality: int) -> Picture:
     pixels = np.rint(np.clip(picture, 0, 1) * 255).astype(np.uint8)
-    in_order = pixels[..., ::-1] if picture.ndim == 3 else pixels  # OpenCV takes and gives blue first
-    coded = cv2.imencode(".jpg", np.ascontiguousarray(in_order), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
-    decoded = cv2.imdecode(coded, cv2.IMREAD_UNCHANGED)
-    return np.asarray(decoded[..., ::-1] if picture.ndim == 3 else decoded, np.float32) / np.float32(255)
+    blue_first = np.ascontiguousarray(np.flip(pixels, 2)) if picture.ndim == 3 else pixels  # as OpenCV has it
+    coded = cv2.imencode(".jpg", blue_first, [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    decoded = np.asarray(cv2.imdecode(coded, cv2.IMREAD_UNCHANGED), np.float32) / np.float32(255)
+    return np.flip(decoded, 2) if picture.ndim == 3 else decoded
 
 
 def _dead_pixels(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
