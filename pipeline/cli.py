@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import sys
 import tempfile
@@ -21,6 +22,7 @@ from pipeline.commands.bench import bench
 from pipeline.commands.build_engine import build_engine
 from pipeline.commands.calibrate import app as calibrate_app
 from pipeline.commands.evaluate import evaluate
+from pipeline.commands.options import engine_section
 from pipeline.commands.train import train
 from pipeline.errors import ConfigError, DspfusionError
 from pipeline.redaction import redact
@@ -45,6 +47,7 @@ app.command()(evaluate)
 app.command()(train)
 
 INTERRUPTED = 130  # the status that a shell gives to the end by Ctrl-C
+LONGEST_S = 1e9  # that anything can wait: beyond 9e9 s, and for inf, a lock overflows
 MACHINE_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EIO)
 
 Report = Annotated[
@@ -62,7 +65,7 @@ def main() -> None:
     """Runs the command line: a user's mistake is one line and exit status 2, never a traceback."""
     from pipeline.redaction import RedactingFilter
 
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     for handler in logging.getLogger().handlers:
         handler.addFilter(RedactingFilter())
     threading.excepthook = tell_of_thread
@@ -132,10 +135,11 @@ def leave(status: int, before: set[threading.Thread]) -> None:
     sys.exit(status)
 
 
-def positive(option: str, value: float | None) -> None:
-    """Refuses a number of seconds or messages that is not above zero."""
-    if value is not None and not value > 0:
-        raise ConfigError(f"{option} {value:g}: give a number above 0")
+def positive(option: str, value: float | None, most: float = math.inf) -> None:
+    """Refuses a number of seconds or messages that is not above zero, or larger than `most`."""
+    if value is not None and not 0 < value <= most:
+        limit = "" if most == math.inf else f" and at most {most:g}"
+        raise ConfigError(f"{option} {value:g}: give a number above 0{limit}")
 
 
 @app.command()
@@ -167,6 +171,7 @@ def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str
         for target in (report, config.output.report):
             check_report_target(target)
             refuse_overwriting(target, *inputs_of(config))
+            refuse_one_file(config.output.video, target)
         doubts = check_recordings(config)
         pipeline = LivePipeline(config)
         for line in doubts:
@@ -252,6 +257,7 @@ def replay(
         carry_frames()
         check_report_target(report)
         refuse_overwriting(report, *(path for path in (infrared, visible, calibration) if path))
+        refuse_one_file(output, report)
         config = ReplayConfig(
             infrared=infrared,
             visible=visible,
@@ -259,7 +265,7 @@ def replay(
             rate_hz=rate_of(rate),
             output=output,
             publish=PublishConfig(endpoint=publish) if publish else None,
-            engine=engine_config(engine, variant),
+            engine=engine_section(runtime=engine, variant=variant),
         )
         asked = threading.Event()
         with progress("replay") as (start, advance):
@@ -287,18 +293,6 @@ def rate_of(text: str) -> float | None:
     return rate
 
 
-def engine_config(runtime: str, variant: str) -> Any:
-    """The engine section for two command-line options."""
-    from pydantic import ValidationError
-
-    from pipeline.config import EngineConfig, first_problem
-
-    try:
-        return EngineConfig.model_validate({"runtime": runtime, "variant": variant})
-    except ValidationError as error:
-        raise ConfigError(f"--{first_problem(error).replace('runtime', 'engine', 1)}") from None
-
-
 @app.command()
 def fuse(
     infrared: Annotated[Path, typer.Argument(metavar="IR", help="Infrared image, or folder of images.")],
@@ -318,7 +312,7 @@ def fuse(
     check_report_target(as_json)
     pairs = list_pairs(infrared, visible, output)
     with stopping_on_signals():
-        serving = engine_for(engine_config(engine, variant))
+        serving = engine_for(engine_section(runtime=engine, variant=variant))
     try:
         with progress("fuse") as (start, advance):
             start(len(pairs))
@@ -367,8 +361,9 @@ def subscribe(
     from pipeline.client import subscribe as subscribe_to
     from pipeline.telemetry import check_report_target, write_report
 
-    for option, value in (("--count", count), ("--duration", duration), ("--timeout", timeout)):
-        positive(option, value)
+    positive("--count", count)
+    positive("--duration", duration)
+    positive("--timeout", timeout, most=LONGEST_S)
     check_report_target(as_json)
     summary = subscribe_to(
         endpoint,
@@ -414,8 +409,9 @@ def view(
 def doctor(as_json: AsJson = None) -> None:
     """Check this machine: versions, engines, weights, codecs. Exit status 1 if something needed is missing."""
     from pipeline.doctor import examine
-    from pipeline.telemetry import write_report
+    from pipeline.telemetry import check_report_target, write_report
 
+    check_report_target(as_json)
     findings = examine()
     if as_json:
         write_report({"findings": [finding._asdict() for finding in findings]}, as_json)
@@ -440,11 +436,15 @@ def config_check(config: Annotated[Path, typer.Argument(help="The rig's YAML fil
     if checked.publish.endpoint:
         refuse_open_endpoint(checked.publish)
     check_calibration(checked)
+    check_keys(checked.publish)
+    check_weights(checked.engine)
+    check_outputs(checked)
     console.print(
         f"{config}: rig '{checked.rig}' is valid ({checked.infrared.kind} and {checked.visible.kind} sources)"
     )
-    for path in inputs_of(checked):
-        if not Path(path).exists():
+    keys = (checked.publish.curve_secret_key_file, checked.publish.authorized_keys_dir)
+    for path in (*inputs_of(checked), checked.engine.weights, *keys):
+        if path and not Path(path).exists():
             console.print(f"[yellow]note:[/] {path} is not there yet", highlight=False)
 
 
@@ -466,6 +466,60 @@ def check_calibration(config: Any) -> None:
                 f"{path} is for a {camera} picture of {model.size[0]}x{model.size[1]}, but {camera} is set to "
                 f"{size[0]}x{size[1]}: set that size, or calibrate at this one"
             )
+
+
+def check_keys(config: Any) -> None:
+    """Refuses keys that are there and cannot be used, and an encrypted publisher without a list of its guests."""
+    import zmq.auth
+
+    from pipeline.publish import read_secret_key
+
+    if not (config.endpoint and config.curve_secret_key_file):
+        return
+    if Path(config.curve_secret_key_file).exists():
+        read_secret_key(Path(config.curve_secret_key_file))
+    if not config.authorized_keys_dir:
+        raise ConfigError(
+            "publish.curve_secret_key_file encrypts, but publish.authorized_keys_dir does not say who may subscribe: "
+            "give a folder with their public keys"
+        )
+    if Path(config.authorized_keys_dir).exists():
+        try:
+            zmq.auth.load_certificates(config.authorized_keys_dir)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"publish.authorized_keys_dir {config.authorized_keys_dir} is no folder of public keys ({error}): "
+                "leave nothing but them in it"
+            ) from None
+
+
+def check_weights(config: Any) -> None:
+    """Refuses weights that are there and do not fit the network, and a variant for which none are shipped."""
+    from engines.dspfusion.loading import load
+
+    if config.weights is None or Path(config.weights).exists():
+        load(config.variant, config.weights)
+
+
+def check_outputs(config: Any) -> None:
+    """Refuses a video and a report that could not be written from here."""
+    from pipeline.record import VideoFile
+    from pipeline.recording import inputs_of, refuse_overwriting
+    from pipeline.telemetry import check_report_target
+
+    if config.output.video:
+        refuse_overwriting(config.output.video, *inputs_of(config))
+        VideoFile(config.output.video)  # opens no file before the first frame
+    check_report_target(config.output.report)
+    refuse_overwriting(config.output.report, *inputs_of(config))
+
+
+def refuse_one_file(video: str | None, report: str | None) -> None:
+    """Raises ConfigError for a report that would replace the video."""
+    from pipeline.config import are_one_file
+
+    if are_one_file(video, report):
+        raise ConfigError(f"{report} is both the video and the report: give each its own file")
 
 
 @config_app.command("schema")

@@ -2,7 +2,10 @@
 
     with Client("tcp://127.0.0.1:5560") as client:
         while True:
-            picture = client.latest()            # the newest one, however long the last round took
+            try:
+                picture = client.latest()        # the newest one, however long the last round took
+            except TimeoutError:                 # none for a second: the rig starts, pauses or has stopped
+                continue
             steer(picture.image, picture.age_ms)
 
 A bare `recv` in a loop that is slower than the camera shows the past: 2 s of it, measured. So a thread of the client
@@ -166,6 +169,40 @@ class Transit:
         return now_ns - header.published_ns - min(known, default=0)
 
 
+class Handshakes:
+    """Says why a publisher does not take this client, from the events of the client's socket.
+
+    A refused key shows in the handshake only: ZeroMQ itself tries again for ever, in silence.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        self._endpoint = endpoint
+        self._under_way = False
+        self._hung_up = 0  # connections in a row that ended before the handshake did
+        self.refusal: str | None = None  # why, for people; None while nothing speaks against this client
+
+    def note(self, event: int) -> None:
+        """Takes one of the WATCHED events in."""
+        if event == zmq.EVENT_CONNECTED:
+            self._under_way = True
+        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            self._under_way, self._hung_up, self.refusal = False, 0, None
+        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            self._under_way = False  # the hanging up that follows says nothing new
+            self.refusal = (
+                f"{self._endpoint} does not know this client's key: add its public key to authorized_keys_dir"
+            )
+        elif self._under_way:
+            # A server with keys just hangs up on a client without; once may be a publisher that is restarting.
+            self._under_way = False
+            self._hung_up += 1
+            if self._hung_up >= 2 or event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                self.refusal = (
+                    f"{self._endpoint} and this client do not agree on keys: check server_key, which is the "
+                    "publisher's public key (none if it publishes without CURVE)"
+                )
+
+
 class Client:
     """Subscribes to one stream of one rig, in one codec."""
 
@@ -215,8 +252,7 @@ class Client:
         self._zmq: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = connect(self._zmq, endpoint, server_key, secret_key)
         self.endpoint = endpoint
-        self._shaking_hands = False
-        self._hung_up = 0  # connections in a row that ended before the handshake did
+        self._handshakes = Handshakes(endpoint)
         self._monitor = self._socket.get_monitor_socket(WATCHED)
         self._socket.setsockopt(zmq.SUBSCRIBE, wanted_prefix(rig, self._stream, self._codec))
         self._thread = threading.Thread(target=self._receive, name="client", daemon=True)
@@ -353,25 +389,10 @@ class Client:
             self._changed.notify_all()
 
     def _read_monitor(self) -> None:
-        """A refused key shows in the handshake only: ZeroMQ itself tries again for ever, in silence."""
-        event = recv_monitor_message(self._monitor)["event"]
-        if event == zmq.EVENT_CONNECTED:
-            self._shaking_hands = True
-        elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-            self._shaking_hands, self._hung_up, self._failure = False, 0, None
-        elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-            self._fail(f"{self.endpoint} does not know this client's key: add its public key to authorized_keys_dir")
-        elif self._shaking_hands:
-            # A server with keys just hangs up on a client without; once may be a publisher that is restarting.
-            self._shaking_hands = False
-            self._hung_up += 1
-            if self._hung_up >= 2 or event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-                self._fail(
-                    f"{self.endpoint} and this client do not agree on keys: check server_key, which is the "
-                    "publisher's public key (none if it publishes without CURVE)"
-                )
+        self._handshakes.note(recv_monitor_message(self._monitor)["event"])
+        self._fail(self._handshakes.refusal)
 
-    def _fail(self, line: str) -> None:
+    def _fail(self, line: str | None) -> None:
         with self._changed:
             self._failure = line
             self._changed.notify_all()
@@ -598,7 +619,8 @@ def _line(received: Received, age_ms: float, fps: float) -> str:
 
 def _save(received: Received, folder: Path) -> int:
     header = received.header
-    name = f"{header.rig}_{header.stream}_{header.sequence:08d}"
+    # The publisher counts from 0 again when it starts anew: its session keeps the pictures of both runs.
+    name = f"{header.rig}_{header.stream}_{header.session:014x}_{header.sequence:08d}"
     if header.codec == "jpeg":
         _write_whole(folder / f"{name}.jpg", received.payload)
     elif header.codec == "raw":

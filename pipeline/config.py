@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -20,6 +21,20 @@ READ_FILES = {  # section -> keys whose files are read, beside the recordings
     "engine": ("weights",),
     "publish": ("curve_secret_key_file", "authorized_keys_dir"),
 }
+ADDRESS_KEYS = {"stream": "url", "device": "path", "folder": "path"}  # kind of source -> the key that says which one
+
+
+def are_one_file(one: str | None, other: str | None) -> bool:
+    """Whether two places to write to are the same, by whichever of its names."""
+    return bool(one and other) and os.path.realpath(str(one)) == os.path.realpath(str(other))
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address or name leads to this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class Section(BaseModel):
@@ -35,7 +50,7 @@ class StreamSource(Section):
     connect_timeout_s: float = Field(30.0, gt=0, le=300)
     read_timeout_s: float = Field(2.0, gt=0, le=60)
     loop: bool = False  # files only: start again at the end
-    realtime: bool = True  # files only: hand frames out at the recorded rate
+    realtime: bool = True  # files only: hand frames out at the recorded rate; a rig needs that
 
 
 class DeviceSource(Section):
@@ -182,11 +197,27 @@ class ViewerConfig(Section):
     enabled: bool = False
     host: str = "127.0.0.1"
     port: int = Field(8870, ge=0, le=65535)
+    public: bool = False  # the page knows no keys: whoever reaches a host beyond this machine sees the video
+
+    @model_validator(mode="after")
+    def _is_public_on_purpose(self) -> ViewerConfig:
+        if self.enabled and not self.public and not is_loopback(self.host):
+            raise ValueError(
+                "host can be reached from other machines, and the page shows the video to everybody there, also of an "
+                "encrypted rig: set public: true if that is meant, or host: 127.0.0.1"
+            )
+        return self
 
 
 class OutputConfig(Section):
     video: str | None = None  # path of a video file of the fused frames
     report: str | None = None
+
+    @model_validator(mode="after")
+    def _files_differ(self) -> OutputConfig:
+        if are_one_file(self.video, self.report):
+            raise ValueError("video and report are the same file: give each its own")
+        return self
 
 
 class RigConfig(Section):
@@ -216,9 +247,38 @@ class RigConfig(Section):
 
     @model_validator(mode="after")
     def _cameras_differ(self) -> RigConfig:
-        if self.infrared.kind == "stream" and self.infrared == self.visible:
-            raise ValueError("infrared and visible are the same stream: give each camera its own url")
+        address = _address(self.infrared)
+        if address is not None and address == _address(self.visible):
+            kind = self.infrared.kind
+            raise ValueError(f"infrared and visible are the same {kind}: give each camera its own {ADDRESS_KEYS[kind]}")
         return self
+
+    @model_validator(mode="after")
+    def _cameras_keep_time(self) -> RigConfig:
+        for name in ("infrared", "visible"):
+            if not getattr(getattr(self, name), "realtime", True):
+                raise ValueError(
+                    f"{name}.realtime is false, and a rig shows what happens now: remove it; `dspfusion replay` fuses "
+                    "recordings at any rate"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _viewer_has_something_to_show(self) -> RigConfig:
+        if self.viewer.enabled and not self.publish.endpoint:
+            raise ValueError(
+                "viewer.enabled shows what is published, and publish.endpoint is empty: give one, such as "
+                "tcp://127.0.0.1:5560, or switch the viewer off"
+            )
+        return self
+
+
+def _address(source: Source) -> tuple[str, str] | None:
+    """What a source opens, by whichever of its names; None where two may be alike, as simulated cameras."""
+    if source.kind not in ADDRESS_KEYS:
+        return None
+    place = getattr(source, ADDRESS_KEYS[source.kind])
+    return source.kind, place if "://" in place else os.path.realpath(os.path.expanduser(place))
 
 
 def load_config(path: str | Path) -> RigConfig:

@@ -29,7 +29,6 @@ def demo_config(output: Path, scene: str) -> RigConfig:
             "jitter_ms": 1.0, "stripe_counts": 6, "dead_pixels": 40, "shutter_every_s": 15, "shutter_s": 0.5,
         },
         "visible": {"kind": "synthetic", "scene": scene, "width": 640, "height": 480, "rate_hz": 25, "jitter_ms": 1.0},
-        # A quarter of the picture is cold sky: without it the street would fill the upper half of the greys only.
     }  # fmt: skip
     try:
         config = RigConfig.model_validate(sections)

@@ -160,6 +160,29 @@ def test_a_mistake_is_one_line(monkeypatch, capsys, arguments, says):
     assert says in err
 
 
+@pytest.mark.parametrize("command", ["bench", "build-engine"])
+def test_a_result_that_could_not_be_written_is_refused_before_the_work(command, tmp_path: Path, monkeypatch, capsys):
+    for work in ("pipeline.live.engine_for", "engines.selection.create_engine"):
+        monkeypatch.setattr(work, lambda *_, **__: pytest.fail("the work was begun"))
+    status, _, err = call(monkeypatch, capsys, command, "--size", "64x48", "--json", str(tmp_path))
+    assert status == 2
+    assert len(err.strip().splitlines()) == 1, err
+    assert "cannot write the report" in err
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_the_table_is_shown_even_if_the_disk_fills_up_meanwhile(tmp_path: Path, monkeypatch, capsys):
+    def full(*_):
+        raise ConfigError("cannot write the report: No space left on device: choose another place")
+
+    monkeypatch.setattr("pipeline.telemetry.write_report", full)
+    arguments = ["--engine", "openvino", "--size", "64x48", "--frames", "3", "--json", str(tmp_path / "rows.json")]
+    status, _, err = call(monkeypatch, capsys, "bench", *arguments)
+    assert status == 2
+    assert "median_ms" in err
+    assert "No space left" in err.splitlines()[-1]
+
+
 def test_a_variant_without_shipped_weights_is_timed_with_random_ones(tmp_path, monkeypatch):
     from engines.dspfusion.loading import load
     from pipeline.commands.bench import section_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -22,6 +23,8 @@ from calibration.solve import DISTANCES_M, Solution, distance_name, map_of, map_
 from calibration.targets import Board, Detection, Refusal
 from calibration.views import BoardView, Detections, choose, load_detections, refuse_wrong_count, save_detections
 from pipeline.cli import app
+from pipeline.commands.check import check_each
+from pipeline.errors import SourceError
 from tests.rigs.boards import Scene, draw_pair, map_error_px, random_poses, seen_from, synthetic_rig, true_points
 
 BOARD = Board("chessboard", 9, 6, 0.05)
@@ -457,6 +460,63 @@ def test_a_users_mistake_gets_one_line(tmp_path, arguments, says):
     assert result.exit_code != 0
     assert re.search(says, str(result.exception))
     assert "\n" not in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["detect", "{ir}", "{vis}", "--size", "9x6", "--json", "{ir}"],
+        ["detect", "{ir}", "{vis}", "--size", "9x6", "-o", "{ir}"],
+        ["solve", "{seen}", "--json", "{ir}"],
+        ["solve", "{seen}", "-o", "{ir}"],
+        ["solve", "{seen}", "--report", "{ir}"],
+        ["report", "{seen}", "{seen}", "--json", "{ir}"],
+        ["report", "{seen}", "{seen}", "-o", "{ir}"],
+        ["selfcal", "{ir}", "{vis}", "--json", "{ir}"],
+        ["selfcal", "{ir}", "{vis}", "-o", "{ir}"],
+        ["time", "{ir}", "{vis}", "--json", "{ir}"],
+    ],
+    ids=" ".join,
+)
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path, arguments, monkeypatch):
+    for work in (
+        "pipeline.board_views.pair_up",
+        "pipeline.recording.probe",
+        "calibration.views.load_detections",
+        "calibration.rig_file.load_rig",
+    ):
+        monkeypatch.setattr(work, lambda *_: pytest.fail("the work was begun"))
+    names = {name: str(tmp_path / name) for name in ("ir", "vis", "seen")}
+    (tmp_path / "ir").mkdir()
+    result = runner.invoke(app, ["calibrate", *(argument.format(**names) for argument in arguments)])
+    assert re.search(r"cannot write the report .*/ir: it is a folder", str(result.exception))
+
+
+def _broken_archive(whole: bytes) -> bytes:
+    return whole[: len(whole) // 2]
+
+
+def _plain_array(_: bytes) -> bytes:
+    content = io.BytesIO()
+    np.save(content, np.zeros((3, 4, 2)))
+    return content.getvalue()
+
+
+def _damaged(whole: bytes) -> bytes:
+    middle = len(whole) // 2
+    return whole[:middle] + bytes(40) + whole[middle + 40 :]
+
+
+@pytest.mark.parametrize("spoil", [_broken_archive, _plain_array, _damaged, lambda _: b""])
+def test_a_displacement_file_that_is_broken_or_of_another_kind_gets_one_line(tmp_path, spoil):
+    for camera in ("ir", "vis"):
+        (tmp_path / camera).mkdir()
+        cv2.imwrite(str(tmp_path / camera / "a.png"), np.full((96, 128), 90, np.uint8))
+    content = io.BytesIO()
+    np.savez_compressed(content, disp=np.random.default_rng(0).normal(size=(24, 32, 2)))
+    (tmp_path / "a.npz").write_bytes(spoil(content.getvalue()))
+    with pytest.raises(SourceError, match=r"a\.npz holds no array named disp"):
+        check_each(tmp_path / "ir", tmp_path / "vis", displacement=tmp_path)
 
 
 @pytest.mark.realdata

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 
 from pipeline import cli
 from pipeline.client import Client
+from pipeline.publish import create_keys
 from tests.rigs.command import call
 from tests.rigs.engines import MaximumEngine
 from tests.rigs.recordings import write_video
@@ -254,6 +256,13 @@ def test_a_calibration_for_another_resolution_is_one_line(tmp_path: Path, monkey
         (["run", "rig.yaml", "--duration=-1"], "--duration -1"),
         (["subscribe", "tcp://127.0.0.1:9", "--count", "0"], "--count 0"),
         (["subscribe", "tcp://127.0.0.1:9", "--timeout=-1"], "--timeout -1"),
+        (["subscribe", "tcp://127.0.0.1:9", "--timeout", "inf"], "--timeout inf: give a number above 0 and at most"),
+        (["subscribe", "tcp://127.0.0.1:9", "--timeout", "1e12"], "--timeout 1e+12"),
+        (["calibrate", "time", "a", "b", "--longest", "inf"], "'--longest': "),
+        (["calibrate", "time", "a", "b", "--longest", "nan"], "'--longest': "),
+        (["calibrate", "time", "a", "b", "--max-offset", "nan"], "'--max-offset': "),
+        (["calibrate", "selfcal", "a", "b", "--every", "nan"], "'--every': "),
+        (["calibrate", "selfcal", "a", "b", "--every", "inf"], "'--every': "),
         (["subscribe", "tcp://127.0.0.1:9", "--save", "/proc/nothing"], "/proc/nothing"),
         (["subscribe", "tcp://127.0.0.1:9", "--stream", "depth"], "fused, ir, vis"),
         (["subscribe", "tcp://127.0.0.1:9", "--codec", "png"], "raw or jpeg"),
@@ -274,17 +283,31 @@ def test_a_password_in_an_argument_is_in_no_error(arguments: list[str], monkeypa
 
 
 @pytest.mark.usefixtures("stand_in")
-@pytest.mark.parametrize("command", ["run", "replay", "fuse"])
+@pytest.mark.parametrize("command", ["run", "replay", "fuse", "doctor"])
 def test_a_report_that_cannot_be_written_is_refused_before_the_work(tmp_path: Path, command: str, monkeypatch, capsys):
     folder = write_images(tmp_path / "pictures", "a.png")
     (tmp_path / "rig.yaml").write_text(SYNTHETIC_RIG)
+    monkeypatch.setattr("pipeline.doctor.examine", lambda: pytest.fail("the work was begun"))
     given = {"run": [str(tmp_path / "rig.yaml")], "replay": [str(folder)] * 2, "fuse": [str(folder)] * 2 + ["out"]}
-    option = "--json" if command == "fuse" else "--report"
+    given["doctor"] = []
+    option = "--json" if command in ("fuse", "doctor") else "--report"
     before = sorted(tmp_path.rglob("*"))
     for target in (tmp_path, folder / "a.png" / "report.json"):
         status, _, err = call(monkeypatch, capsys, command, *given[command], option, str(target))
         assert_one_clear_line(status, err, "cannot write the report")
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_one_file_is_not_both_the_video_and_the_report(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rig.yaml").write_text(SYNTHETIC_RIG + "output: {video: fused.mp4}\n")
+    inputs = [str(write_video(tmp_path / "ir.mkv", colour=False)), str(write_video(tmp_path / "vis.mkv"))]
+    given = (["run", "rig.yaml", "--duration", "1"], ["replay", *inputs, "--output", "fused.mp4"])
+    for arguments in given:
+        status, _, err = call(monkeypatch, capsys, *arguments, "--report", str(tmp_path / "fused.mp4"))
+        assert_one_clear_line(status, err, "both the video and the report")
+    assert not (tmp_path / "fused.mp4").exists()
 
 
 @pytest.mark.usefixtures("stand_in")
@@ -345,7 +368,28 @@ def test_config_check_finds_what_a_run_would_refuse(tmp_path: Path, monkeypatch,
 
     save_rig(true_rig(SyntheticSource(), SyntheticSource()), tmp_path / "other_size.yaml")
     infrared = "{kind: synthetic, width: 160, height: 128}"
+    for name in ("secret.key_secret", "weights.safetensors"):
+        (tmp_path / name).write_text("neither a key nor weights")
+    (tmp_path / "key").mkdir()
+    create_keys(tmp_path / "key", "rig")
+    (tmp_path / "key" / "rig.key_secret").chmod(0o644)
+    monkeypatch.chdir(tmp_path)
+
+    def keys(secret: str, known: str) -> str:
+        given = f'"tcp://127.0.0.1:*", curve_secret_key_file: {secret}, authorized_keys_dir: {known}'
+        return SYNTHETIC_RIG.replace('"tcp://127.0.0.1:*"', given)
+
     wrong = {
+        "cannot read a key from": keys("secret.key_secret", "key"),
+        "chmod 600": keys("key/rig.key_secret", "key"),
+        "does not say who may subscribe": keys("later.key_secret", "null"),
+        "is no folder of public keys": keys("later.key_secret", "rig.yaml"),
+        "weights.safetensors is not a safetensors file": SYNTHETIC_RIG + "engine: {weights: weights.safetensors}\n",
+        "there are no weights base.safetensors": SYNTHETIC_RIG + "engine: {variant: base}\n",
+        "a video ends in .mp4 or .mkv": SYNTHETIC_RIG + "output: {video: fused.avi}\n",
+        "nowhere does not exist": SYNTHETIC_RIG + "output: {video: nowhere/fused.mp4}\n",
+        "cannot write the report key": SYNTHETIC_RIG + "output: {report: key}\n",
+        "viewer: host can be reached": SYNTHETIC_RIG + "viewer: {enabled: true, host: 0.0.0.0}\n",
         "is not read": SYNTHETIC_RIG.replace(infrared, '{kind: stream, url: "ftp://u:s3cret@h/ir"}'),
         "other machines": SYNTHETIC_RIG.replace("127.0.0.1:*", "0.0.0.0:5599"),
         "is none": SYNTHETIC_RIG.replace("tcp://127.0.0.1:*", "nonsense"),
@@ -356,10 +400,28 @@ def test_config_check_finds_what_a_run_would_refuse(tmp_path: Path, monkeypatch,
         status, _, err = call(monkeypatch, capsys, "config", "check", str(tmp_path / "rig.yaml"))
         assert_one_clear_line(status, err, said)
         assert "s3cret" not in err
-    (tmp_path / "rig.yaml").write_text(SYNTHETIC_RIG + "registration: {calibration: later.yaml}\n")
+    later = (
+        "registration: {calibration: later.yaml}\nengine: {weights: later.safetensors}\noutput: {video: fused.mp4}\n"
+    )
+    (tmp_path / "rig.yaml").write_text(keys("later.key_secret", "later_keys") + later)
+    before = sorted(tmp_path.rglob("*"))
     status, _, err = call(monkeypatch, capsys, "config", "check", str(tmp_path / "rig.yaml"))
-    assert status == 0
-    assert "later.yaml is not there yet" in " ".join(err.split())
+    assert status == 0, err
+    for name in ("later.yaml", "later.safetensors", "later.key_secret", "later_keys"):
+        assert f"{name} is not there yet" in " ".join(err.split())
+    assert sorted(tmp_path.rglob("*")) == before  # it looks, and leaves nothing behind
+
+
+def test_a_log_line_says_when_and_an_error_of_the_command_line_stays_one_bare_line():
+    """The viewer's warning comes before the endpoint is found to be none."""
+    arguments = ["view", "nonsense", "--host", "0.0.0.0", "--port", "0"]
+    script = f"import sys, pipeline.cli; sys.argv = ['dspfusion', *{arguments}]; pipeline.cli.main()"
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, timeout=60)
+    logged, error = done.stderr.splitlines()
+    moment = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}"
+    assert re.fullmatch(rf"{moment} WARNING pipeline\.viewer\.server: the viewer on 0\.0\.0\.0 shows .*", logged)
+    assert error.startswith("dspfusion: error: cannot connect to 'nonsense'")
 
 
 def test_a_camera_that_is_still_opening_does_not_abort_the_process(tmp_path: Path):

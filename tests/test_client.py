@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -317,6 +318,27 @@ def test_subscribe_saves_pictures_lossless_or_as_they_came(tmp_path):
     assert next((tmp_path / "fused_jpeg").iterdir()).suffix == ".jpg"
 
 
+def test_pictures_of_a_publisher_that_restarts_are_all_kept(tmp_path):
+    """Each run counts from 0: the session tells its pictures from those of the run before."""
+    with Sender() as sender:
+        summaries: list[dict] = []
+        reading = threading.Thread(
+            target=lambda: summaries.append(subscribe(sender.endpoint, 4, tmp_path, rig="car", echo=None))
+        )
+        reading.start()
+        sender.wait_for_subscriber()
+        for session in (255, 256):
+            for sequence in (0, 1):
+                sender.send(sequence, session=session)
+        reading.join(20)
+    assert summaries[0]["saved"] == 4
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        f"car_fused_{session}_{sequence}.png"
+        for session in ("000000000000ff", "00000000000100")
+        for sequence in ("00000000", "00000001")
+    ]
+
+
 def test_subscribe_ends_after_its_duration():
     with publishing() as publisher, feeding(publisher):
         assert subscribe(publisher.endpoint, duration_s=2, echo=None)["ended"] == "duration"
@@ -333,6 +355,27 @@ def test_a_signal_ends_subscribe_with_its_summary(number):
 def test_subscribe_to_silence_is_one_clear_line():
     with Sender() as sender, pytest.raises(ClientError, match=r"no fused message from .* is the publisher running"):
         subscribe(sender.endpoint, 1, timeout_s=0.2, echo=None)
+
+
+def test_the_example_of_the_readme_outlives_a_rig_that_pauses():
+    """Nothing comes for longer than `latest` waits by itself, then one picture."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    printed: list[tuple] = []
+    silence_s = 1.5
+
+    def told(*values: object) -> None:
+        printed.append(values)
+        raise KeyboardInterrupt
+
+    with Sender() as sender:
+        later = threading.Timer(silence_s, lambda: (sender.wait_for_subscriber(), sender.send(0)))
+        later.start()
+        with pytest.raises(KeyboardInterrupt):
+            exec(code.replace("tcp://127.0.0.1:5560", sender.endpoint), {"print": told})
+        later.join()
+    mode, age_ms, shape = printed[0]
+    assert (mode, shape) == ("fused", (2, 2, 3))
+    assert age_ms > 0
 
 
 @pytest.mark.parametrize("module", ["pipeline.client", "pipeline.viewer.server"])

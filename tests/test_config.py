@@ -96,6 +96,56 @@ def test_strange_yaml_is_one_line(tmp_path: Path, text: str, complaint: str):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (
+            "infrared: {kind: device}\nvisible: {kind: device, rate_hz: 30}\n",
+            "same device: give each camera its own path",
+        ),
+        (
+            "infrared: {kind: stream, url: 'rtsp://h/1'}\n"
+            "visible: {kind: stream, url: 'rtsp://h/1', read_timeout_s: 5}\n",
+            "same stream: give each camera its own url",
+        ),
+        ("infrared: {kind: folder, path: a}\nvisible: {kind: folder, path: ./b/../a, rate_hz: 5}\n", "same folder"),
+        ("infrared: {kind: synthetic, realtime: false}\nvisible: {kind: synthetic}\n", "infrared.realtime is false"),
+        (
+            "infrared: {kind: folder, path: a}\nvisible: {kind: folder, path: b, realtime: false}\n",
+            "visible.realtime is false, .* remove it; `dspfusion replay` fuses recordings at any rate",
+        ),
+        (SYNTHETIC + "viewer: {enabled: true}\npublish: {endpoint: ''}\n", "publish.endpoint is empty: give one"),
+        (SYNTHETIC + "output: {video: a/b.mp4, report: a/../a/b.mp4}\n", "output: video and report are the same file"),
+    ],
+)
+def test_what_cannot_work_together_is_refused_with_what_to_do(tmp_path: Path, text: str, complaint: str):
+    with pytest.raises(ConfigError, match=complaint) as raised:
+        load_config(written(tmp_path, text))
+    assert "\n" not in str(raised.value)
+
+
+def test_two_names_of_one_device_are_one_device(tmp_path: Path):
+    (tmp_path / "by-id").symlink_to("/dev/video7")
+    text = f"infrared: {{kind: device, path: {tmp_path}/by-id}}\nvisible: {{kind: device, path: /dev/video7}}\n"
+    with pytest.raises(ConfigError, match="same device"):
+        load_config(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.7", "::", "rig.local", ""])
+def test_a_viewer_for_other_machines_is_served_only_where_that_is_said(tmp_path: Path, host: str):
+    """The rig may be encrypted: the viewer is given a key of its own, and its page asks for none."""
+    text = SYNTHETIC + f"viewer: {{enabled: true, host: '{host}'}}\n"
+    with pytest.raises(ConfigError, match=r"viewer: host can be reached from other machines.*set public: true"):
+        load_config(written(tmp_path, text))
+    for change in (("enabled: true", "enabled: true, public: true"), ("enabled: true", "enabled: false")):
+        assert load_config(written(tmp_path, text.replace(*change))).viewer.host == host
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9", "::1", "localhost"])
+def test_a_viewer_for_this_machine_needs_no_permission(tmp_path: Path, host: str):
+    assert load_config(written(tmp_path, SYNTHETIC + f"viewer: {{enabled: true, host: '{host}'}}\n")).viewer.enabled
+
+
 def test_a_device_is_no_configuration():
     with pytest.raises(ConfigError, match="no file"):
         load_config("/dev/zero")

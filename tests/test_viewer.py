@@ -73,7 +73,8 @@ def test_the_page_and_its_parts_are_served_and_nothing_from_elsewhere_is_asked_f
 def test_healthz_tells_whether_the_rig_is_heard():
     with publishing() as publisher, Viewer(publisher.endpoint, port=0) as viewer:
         wait_until(lambda: get(viewer.url + "healthz")[0] == 200)
-        assert json.loads(get(viewer.url + "healthz")[1])["rig"] == "car"
+        told = json.loads(get(viewer.url + "healthz")[1])
+        assert (told["rig"], told["problem"]) == ("car", None)
     with Viewer("tcp://127.0.0.1:9", port=0) as viewer:
         status, text = get(viewer.url + "healthz")
         assert (status, json.loads(text)["status"]) == (503, "no_signal")
@@ -123,6 +124,42 @@ def test_the_viewer_of_an_encrypted_rig_shows_it_and_leaves_no_key_behind(tmp_pa
     finally:
         pipeline.stop()
         running.join(10)
+
+
+def encrypted(made: dict[str, tuple[Path, Path]]) -> PublishConfig:
+    """A publisher that knows its friend alone, by the keys that were made."""
+    return PublishConfig(
+        endpoint="tcp://127.0.0.1:*",
+        curve_secret_key_file=str(made["server"][1]),
+        authorized_keys_dir=str(made["friend"][0].parent),
+    )
+
+
+@pytest.mark.parametrize(
+    ("own_key", "why"),
+    [(None, "do not agree on keys: check server_key"), ("stranger", "does not know this client's key")],
+)
+def test_keys_that_the_rig_refuses_are_explained_on_the_page_in_healthz_and_once_in_the_log(
+    tmp_path, caplog, own_key, why
+):
+    made = {name: create_keys(tmp_path / name, name) for name in ("server", "friend", "stranger")}
+    keys = {} if own_key is None else {"server_key": made["server"][0], "secret_key": made[own_key][1]}
+
+    async def problem(websocket):
+        while True:
+            packet = await websocket.receive()
+            if packet.type == aiohttp.WSMsgType.TEXT and json.loads(packet.data).get("problem"):
+                return json.loads(packet.data)
+
+    with publishing(encrypted(made)) as publisher, Viewer(publisher.endpoint, port=0, **keys) as viewer:
+        state = over_websocket(viewer.url, problem)
+        status, text = get(viewer.url + "healthz")
+        time.sleep(2)  # it tries again, and is refused again
+    assert state["type"] == "state"
+    assert why in state["problem"]
+    assert (status, json.loads(text)["problem"]) == (503, state["problem"])
+    told = [record.getMessage() for record in caplog.records if record.name == "pipeline.viewer.server"]
+    assert told == [f"nothing can be shown: {state['problem']}"]
 
 
 def test_a_page_that_draws_slowly_gets_fewer_pictures_and_newer_ones():
@@ -330,6 +367,17 @@ def test_a_lost_camera_a_silent_rig_and_a_gone_viewer_never_look_live(page):
         viewer.stop()
         page.wait_for_selector("#connection[data-state=closed]")
         assert text_of(page, "#connection") == "viewer is gone"
+
+
+@pytest.mark.needs_chromium
+def test_the_page_says_that_its_keys_are_refused(page, tmp_path):
+    made = {name: create_keys(tmp_path / name, name) for name in ("server", "friend")}
+    page.set_viewport_size({"width": 390, "height": 844})
+    with publishing(encrypted(made)) as publisher, Viewer(publisher.endpoint, port=0) as viewer:
+        page.goto(viewer.url)
+        page.wait_for_selector("#connection:text('keys refused')")
+        page.wait_for_selector('.tile[data-stream="fused"] .veil :text("do not agree on keys: check server_key")')
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 @pytest.mark.needs_chromium

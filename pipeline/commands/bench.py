@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.commands.options import engine_section
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -48,9 +49,10 @@ def bench(
     from engines.bench import bench as time_network
     from pipeline.live import engine_for
     from pipeline.process import carry_frames
-    from pipeline.telemetry import write_report
+    from pipeline.telemetry import check_report_target, write_report
     from pipeline.terminal import console
 
+    check_report_target(as_json)
     if what not in ("network", "pipeline", "both"):
         raise ConfigError(f"--what {what}: choose network, pipeline or both")
     carry_frames()
@@ -74,13 +76,13 @@ def bench(
                     rows += [pipeline_row(section, size, seconds, rate) for size in sizes]
                 result["rows"] += [row | {"weights": weights} for row in rows]
             done()
-    if as_json:
-        write_report(result, as_json)
     if as_json != "-":
         for line in table(result["rows"]):
             console.print(line, highlight=False, soft_wrap=True)
         for entry in result.get("side_by_side", []):
             console.print(comparison(entry), highlight=False, soft_wrap=True)
+    if as_json:
+        write_report(result, as_json)
 
 
 def pipeline_row(section: Any, size: Size, seconds: float, rate: float) -> dict[str, Any]:
@@ -238,18 +240,6 @@ def random_weights(variant: str, folder: Path) -> Path:
     path = folder / f"{variant}.safetensors"
     save_file(build(variant).state_dict(), path, metadata={"variant": variant})
     return path
-
-
-def engine_section(**values: Any) -> Any:
-    """The engine section of a configuration from command-line options."""
-    from pydantic import ValidationError
-
-    from pipeline.config import EngineConfig, first_problem
-
-    try:
-        return EngineConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"--{first_problem(error).replace('runtime', 'engine', 1)}") from None
 
 
 def default_engines() -> list[str]:

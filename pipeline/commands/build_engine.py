@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pipeline.commands.bench import AsJson, Size, engine_section, size_of
+from pipeline.commands.bench import AsJson, Size, size_of
+from pipeline.commands.options import engine_section
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -36,9 +37,10 @@ def build_engine(
 ) -> None:
     """Build the engines of a rig ahead of its first start, and compare them with PyTorch."""
     from engines.selection import create_engine
-    from pipeline.telemetry import write_report
+    from pipeline.telemetry import check_report_target, write_report
     from pipeline.terminal import console
 
+    check_report_target(as_json)
     rig, section = sections(config, runtime=engine, variant=variant, precision=precision, sizes=sizes)
     wanted = [size_of(text) for text in size or []] or sizes_of(rig, config)
     rows = []
@@ -51,8 +53,6 @@ def build_engine(
                 rows.append(built(serving, section, one, pair) | {"start_s": round(started_s, 2)})
         finally:
             serving.close()
-    if as_json:
-        write_report({"rows": rows}, as_json)
     if as_json != "-":
         for row in rows:
             console.print(
@@ -63,6 +63,8 @@ def build_engine(
             )
             for line in row["fallbacks"]:
                 console.print(f"[yellow]fallback:[/] {line}", highlight=False)
+    if as_json:
+        write_report({"rows": rows}, as_json)
 
 
 def sections(config: Path | None, **given: str | None) -> tuple[Any, Any]:

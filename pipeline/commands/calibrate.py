@@ -50,6 +50,7 @@ def detect(
     from pipeline.board_views import detect_boards, pair_up
     from pipeline.telemetry import write_report
 
+    _check_targets(output, as_json)
     target = _board(board, size, spacing)
     if not 0.02 <= every <= 60:
         from pipeline.errors import ConfigError
@@ -105,6 +106,7 @@ def solve(
     from pipeline.telemetry import write_report
     from pipeline.terminal import console, progress
 
+    _check_targets(output, report, as_json)
     lenses = _lenses(lens or [])
     seen = load_detections(detections)
     origin = _origin(detections)
@@ -145,6 +147,7 @@ def report(
     from pipeline.telemetry import write_report
     from pipeline.terminal import console
 
+    _check_targets(output, as_json)
     rig, seen = load_rig(calibration), load_detections(detections)
     quality = load_quality(calibration)
     judgement = judge(rig, seen, spacing)
@@ -174,7 +177,9 @@ def selfcal(
     infrared: Annotated[Path, typer.Argument(metavar="IR", help="Infrared picture, image folder or video file.")],
     visible: Annotated[Path, typer.Argument(metavar="VIS", help="Visible picture, image folder or video file.")],
     output: Rig = Path("rig.yaml"),
-    every: Annotated[float, typer.Option(help="Of recordings: seconds from one picture to the next.")] = 2.0,
+    every: Annotated[
+        float, typer.Option(min=0, max=3600, help="Of recordings: seconds from one picture to the next.")
+    ] = 2.0,
     as_json: AsJson = None,
 ) -> None:
     """Without a board: shift, roll and scale from what both cameras see of ordinary scenes; needs several of them."""
@@ -184,6 +189,7 @@ def selfcal(
     from pipeline.telemetry import write_report
     from pipeline.terminal import console, progress
 
+    _check_targets(output, as_json)
     pairing = pair_up(infrared, visible, every)
     with progress("selfcal") as (start, advance):
         start(pairing.count)
@@ -216,6 +222,14 @@ app.command()(time)
 # --- the inside of detect, solve, report and selfcal ---
 
 SOLVE_STEPS = ("views", "lenses", "pose", "outliers", "held-out views", "bootstrap")
+
+
+def _check_targets(*targets: Path | str | None) -> None:
+    """Refuses places that cannot be written to, before the work whose results they are to hold."""
+    from pipeline.telemetry import check_report_target
+
+    for target in targets:
+        check_report_target(None if target is None else str(target))
 
 
 def _board(kind: str, size: str, spacing_m: float | None) -> Board:

@@ -214,6 +214,9 @@ def _as_json(verdict: Verdict) -> dict[str, Any]:
 
 def _truth(folder: Path, moment: _Moment) -> np.ndarray:
     """(h, w, 2): the visible pixel (x, y) that each infrared pixel belongs to; NaN where it is outside the picture."""
+    from zipfile import BadZipFile
+    from zlib import error as BadCompression
+
     import cv2
     import numpy as np
 
@@ -222,10 +225,10 @@ def _truth(folder: Path, moment: _Moment) -> np.ndarray:
     file, height, width = folder / f"{moment.name}.npz", *moment.pair.visible.shape[:2]
     try:
         moved = np.load(file)["disp"].astype(np.float32)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, BadZipFile, BadCompression, LookupError, ValueError) as error:
         reason = "does not exist" if isinstance(error, FileNotFoundError) else "holds no array named disp"
         raise SourceError(f"{file} {reason}: give the folder with the displacement of every pair") from None
-    if moved.ndim != 3 or moved.shape[2] != 2 or not np.isfinite(moved).all():
+    if moved.ndim != 3 or moved.shape[2] != 2 or moved.size == 0 or not np.isfinite(moved).all():
         raise SourceError(f"{file}: disp has the shape {moved.shape}: it needs (h, w, 2), finite pixels as (dx, dy)")
     column, row = np.meshgrid(np.arange(width), np.arange(height))
     truth = np.stack([column, row], axis=2) + cv2.resize(moved, (width, height))

@@ -14,10 +14,13 @@ def time(
     max_offset: Annotated[
         float, typer.Option(min=0.05, max=60, help="Search so many seconds to either side of no offset.")
     ] = 2.0,
-    longest: Annotated[float, typer.Option(min=5, help="Read no more than so many seconds of each recording.")] = 300.0,
+    longest: Annotated[
+        float, typer.Option(min=5, max=1e6, help="Read no more than so many seconds of each recording.")
+    ] = 300.0,
     rate: Annotated[float, typer.Option(min=0.1, max=1000, help="Frames a second of image folders.")] = 25.0,
     into: Annotated[
-        Path | None, typer.Option(help="Write offset and drift into this calibration file, for run and replay.")
+        Path | None,
+        typer.Option(help="Write both into this calibration file: run takes the offset, replay also the drift."),
     ] = None,
     as_json: Annotated[
         str | None, typer.Option("--json", help="Write the result as JSON to this file; - is the terminal.")
@@ -26,15 +29,17 @@ def time(
     """Measure offset and drift of the two cameras' clocks from a recording in which the rig turns.
 
     The offset is infrared time minus visible time of the same moment, at the recordings' beginning: what run and
-    replay take off the infrared time. 30 s of irregular turning give it to a millisecond, two minutes the drift.
+    replay take off the infrared time. Replay also takes off the drift; a live rig follows the offset while it runs.
+    30 s of irregular turning give the offset to a millisecond, two minutes the drift.
     """
     from calibration.rig_file import load_rig, save_timing
     from calibration.time_offset import NoSharedMotion
     from pipeline.clock_recordings import compare_recordings
     from pipeline.recording import probe, refuse_unlikely
-    from pipeline.telemetry import write_report
+    from pipeline.telemetry import check_report_target, write_report
     from pipeline.terminal import console, progress
 
+    check_report_target(as_json)
     if into is not None:
         load_rig(into)  # a file that cannot be written into is better known before the measurement
     infos = probe(infrared), probe(visible)
@@ -50,13 +55,13 @@ def time(
                 )
             raise
     offset = found.offset
-    if as_json:
-        write_report(found.as_json(), as_json)
     console.print(
         f"the infrared clock is {offset.offset_ms:+.2f} ms (± {offset.offset_sigma_ms:.2f}) from the visible one, and "
         f"gains {offset.drift_ppm:+.1f} ppm (± {offset.drift_sigma_ppm:.1f}); correlation {offset.correlation:.2f}, "
         f"confidence {offset.confidence:.2f}"
     )
+    if as_json:
+        write_report(found.as_json(), as_json)
     if into is not None:
         save_timing(into, offset.for_calibration())
         console.print(f"written into {into}")

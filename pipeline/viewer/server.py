@@ -26,16 +26,16 @@ from urllib.parse import urlsplit
 import zmq
 import zmq.asyncio
 from aiohttp import WSCloseCode, WSMsgType, web
+from zmq.utils.monitor import recv_monitor_message
 
 from pipeline import messages
-from pipeline.client import ClientError, connect, wanted_prefix
+from pipeline.client import WATCHED, ClientError, Handshakes, connect, wanted_prefix
 
 log = logging.getLogger(__name__)
 
 PICTURES = ("fused", "ir", "vis")
 UNDER_WAY = 2  # pictures of one stream that a browser has not acknowledged
 MAX_BROWSERS = 32
-SILENT_S = 1.0  # without a picture for so long there is no signal
 START_S = 30.0  # to open the port
 LOST_S = 5.0  # without any message for so long, another rig may have taken the endpoint
 HERE = Path(__file__).parent
@@ -133,8 +133,8 @@ class Viewer:
         self._received: Counter[str] = Counter()
         self._errors = 0
         self._last_message = 0.0  # time.monotonic() of the newest message of any kind
-        self._last_picture = 0.0
         self._gone: Counter[str] = Counter()  # what browsers that have gone were sent, for counters that never fall
+        self._handshakes = Handshakes(endpoint)
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ready = threading.Event()
@@ -203,13 +203,14 @@ class Viewer:
         self._loop, self._stop_asked = asyncio.get_running_loop(), asyncio.Event()
         self._zmq = zmq.asyncio.Context()
         self._socket = cast(zmq.asyncio.Socket, connect(self._zmq, self.endpoint, self._server_key, self._secret_key))
+        monitor = self._socket.get_monitor_socket(WATCHED)
         runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=0.5, handle_signals=False)
         tasks: list[asyncio.Task[None]] = []
         try:
             await runner.setup()
             await self._listen(runner)
             self._want()
-            tasks = [asyncio.create_task(self._receive()), asyncio.create_task(self._watch())]
+            tasks = [asyncio.create_task(work) for work in (self._receive(), self._watch(), self._explain(monitor))]
             self._ready.set()
             await self._stop_asked.wait()
         finally:
@@ -217,6 +218,8 @@ class Viewer:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await runner.cleanup()
+            self._socket.disable_monitor()
+            monitor.close(linger=0)
             self._socket.close(linger=0)
             self._zmq.term()
 
@@ -284,7 +287,6 @@ class Viewer:
         self._last_message = time.monotonic()
         self._received[header.stream] += 1
         if header.stream in PICTURES and header.codec == "jpeg":
-            self._last_picture = self._last_message
             packet = make_packet(message, time.time_ns())
             for browser in self._browsers:
                 browser.offer(header.stream, packet)
@@ -300,8 +302,17 @@ class Viewer:
             if self._given_rig is None and self._rig is not None and silent_s > LOST_S:
                 self._rig = None
                 self._want()
+            state = {"rig": self._rig, "publisher": silent_s < 2.5 and self._rig is not None}
             for browser in self._browsers:
-                browser.tell({"type": "state", "rig": self._rig, "publisher": silent_s < 2.5 and self._rig is not None})
+                browser.tell({"type": "state", **state, "problem": self._handshakes.refusal})
+
+    async def _explain(self, monitor: zmq.asyncio.Socket) -> None:
+        """Logs why the publisher does not take our keys, once; the pages and /healthz tell it as long as it lasts."""
+        while True:
+            before = self._handshakes.refusal
+            self._handshakes.note((await recv_monitor_message(monitor))["event"])
+            if self._handshakes.refusal not in (None, before):
+                log.warning("nothing can be shown: %s", self._handshakes.refusal)
 
     # -- to browsers ------------------------------------------------------------------------------------------
 
@@ -337,6 +348,7 @@ class Viewer:
                 "status": "ok" if heard else "no_signal",
                 "rig": self._rig,
                 "silent_s": round(silent_s, 3) if self._last_message else None,
+                "problem": self._handshakes.refusal,
                 "browsers": len(self._browsers),
                 "messages": dict(self._received),
                 "errors": self._errors,

@@ -19,6 +19,7 @@ for (const [stream, name] of Object.entries(TILES)) {
 let socket = null;
 let socketOpen = false;
 let publisherLive = false;
+let problem = null; // why the rig does not take the viewer's keys
 let clockOffsetMs = null; // server UTC minus ours, from the quickest answer
 let quickestMs = Infinity;
 let trace = []; // [page time, latency] of drawn fused pictures
@@ -67,6 +68,7 @@ function hear(fact) {
     quickestMs += 0.05; // an old answer loses weight: clocks drift
   } else if (fact.type === "state") {
     publisherLive = fact.publisher;
+    problem = fact.problem;
     element("rig").textContent = fact.rig ?? "";
     refresh();
   } else if (fact.type === "event") {
@@ -159,7 +161,7 @@ function refresh() {
   const connection = element("connection");
   const state = !socketOpen ? "closed" : publisherLive || live ? "live" : "silent";
   connection.dataset.state = state;
-  connection.textContent = { closed: "viewer is gone", live: "connected", silent: "rig is silent" }[state];
+  connection.textContent = { closed: "viewer is gone", live: "connected", silent: problem ? "keys refused" : "rig is silent" }[state];
 
   trace = trace.filter(([time]) => now - time <= 10000);
   drawTrace(now);
@@ -182,7 +184,7 @@ function refreshTile(state, now) {
     ? `${canvas.width} × ${canvas.height}, ${rate(state, now).toFixed(0)} fps` : "";
   state.tile.querySelector(".veil span").textContent = !socketOpen
     ? "the viewer's server is gone, trying again"
-    : Number.isFinite(silentMs) ? `last picture ${(silentMs / 1000).toFixed(0)} s ago` : "waiting for the first picture";
+    : problem ?? (Number.isFinite(silentMs) ? `last picture ${(silentMs / 1000).toFixed(0)} s ago` : "waiting for the first picture");
 }
 
 function drawTrace(now) {
