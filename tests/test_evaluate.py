@@ -607,6 +607,13 @@ def test_a_missing_recording_or_label_or_twin_is_told_before_the_work_begins(tmp
         assert told in str(command(*arguments, engine=Unwanted).exception)
 
 
+@pytest.mark.parametrize("option", ["--engine", "--variant"])
+def test_an_unknown_engine_or_variant_is_told_by_its_option(option, tmp_path: Path, pictures, command):
+    result = command(str(data_folder(tmp_path, pictures)), "--by-set", option, "nothing", engine=Unwanted)
+    assert str(result.exception).startswith(f"{option}: ")
+    assert "should be" in str(result.exception)
+
+
 @pytest.mark.parametrize("option", ["--json", "--markdown", "--sheets"])
 def test_a_place_that_takes_no_report_is_told_before_the_work_begins(option, tmp_path: Path, pictures, command):
     (tmp_path / "file").write_text("")

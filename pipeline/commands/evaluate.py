@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pipeline.commands.options import engine_section
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -536,22 +537,11 @@ def diffusion_steps() -> int:
 
 def engine_of(request: Request) -> FusionEngine:
     """The engine that is judged."""
-    from pydantic import ValidationError
-
-    from pipeline.config import EngineConfig, first_problem
     from pipeline.live import engine_for
 
-    settings = {
-        "runtime": request.engine,
-        "variant": request.variant,
-        "threads": request.threads,
-        "weights": None if request.weights is None else str(request.weights),
-    }
-    try:
-        config = EngineConfig.model_validate(settings)
-    except ValidationError as error:
-        raise ConfigError(f"--{first_problem(error).replace('runtime', 'engine', 1)}") from None
-    return engine_for(config)
+    weights = None if request.weights is None else str(request.weights)
+    section = engine_section(runtime=request.engine, variant=request.variant, threads=request.threads, weights=weights)
+    return engine_for(section)
 
 
 def described(description: EngineDescription, request: Request) -> dict[str, Any]:
