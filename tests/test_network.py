@@ -23,8 +23,8 @@ from engines.dspfusion.loading import build, load
 from engines.dspfusion.network import DSPFusion, PriorTokens, TellHead, pad
 from engines.dspfusion.priors import mosaic, thumbnail
 from engines.dspfusion.variants import VARIANTS, default_weights
+from engines.evaluation.cases import public_pairs
 from engines.evaluation.degradations import degrade
-from engines.evaluation.evaluate import public_pairs
 from engines.evaluation.metrics import intensity_error
 from engines.pytorch_engine import FrameGraph, PriorGraph
 from engines.training.losses import luminance

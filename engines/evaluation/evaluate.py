@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from engines.base import FusionEngine
 from engines.evaluation.cases import Case, Pair
-from engines.evaluation.cases import public_pairs as public_pairs  # for importers of this module
 from engines.evaluation.metrics import METRICS, Sources
 
 Image = NDArray[np.uint8]
