@@ -311,6 +311,7 @@ class LivePipeline:
             if self._clock is not None:
                 self._clock.offer(frame)
             self._sync.add(frame, time.monotonic_ns())
+        self._captures["infrared"].hanging = self._sync.infrared_hangs
         if self._clock is not None:
             self._sync.shift_infrared(self._clock.slew(time.monotonic_ns()))
         self._waiting.extend(self._sync.poll(time.monotonic_ns()))

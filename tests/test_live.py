@@ -385,6 +385,16 @@ def test_held_pictures_of_a_closed_shutter_say_so():
                 break
 
 
+def test_an_infrared_camera_that_hangs_while_the_visible_view_moves_is_called_back(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pipeline.capture.HANGING_S", 0.5)
+    with running(rig_config(infrared={"shutter_every_s": 2.0, "shutter_s": 9.0})) as rig:
+        until = time.monotonic() + 60
+        while rig.report()["cameras"]["infrared"]["reconnects"] == 0 and time.monotonic() < until:
+            time.sleep(0.1)
+        assert rig.report()["cameras"]["infrared"]["reconnects"] >= 1
+        assert rig.report()["cameras"]["visible"]["reconnects"] == 0
+
+
 def test_a_shutter_freeze_is_never_published_as_fused():
     config = rig_config(infrared={"shutter_every_s": 2.0, "shutter_s": 0.6})
     ages = []
