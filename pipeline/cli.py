@@ -162,6 +162,7 @@ def run(
 def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str, Any]:
     """Runs a rig with its viewer, shows how it goes, and writes the report."""
     with stopping_on_signals() as stopping:
+        from engines.base import EngineError
         from pipeline.live import LivePipeline
         from pipeline.process import carry_frames
         from pipeline.recording import check_recordings, inputs_of, refuse_overwriting
@@ -181,11 +182,20 @@ def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str
             if address:
                 console.print(f"viewer: [bold cyan]{address}[/]")
             stopping.ask(pipeline.stop, lambda: pipeline.compiling, lambda: not pipeline.telemetry.fused)
-            result = pipeline.run(duration)
+            failure: Exception | None = None
+            try:
+                pipeline.run(duration)
+            except (DspfusionError, EngineError) as error:
+                if not pipeline.telemetry.fused:
+                    raise
+                failure = error  # what was done until then is worth its report
+            result = pipeline.report()
         summarize(result)
         for target in (report, config.output.report):
             if target:
                 write_report(result, target)
+        if failure is not None:
+            raise failure
     return result
 
 

@@ -18,6 +18,7 @@ import pytest
 
 from calibration.rig_file import save_rig
 from engines.base import EngineError
+from pipeline.cli import run_rig
 from pipeline.client import Client
 from pipeline.config import RegistrationConfig, RigConfig, StreamSource
 from pipeline.errors import PublishError, SourceError
@@ -441,10 +442,9 @@ def test_a_video_without_an_encoder_is_told_and_leaves_nothing(monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("dies", ["infrared", "visible"])
-def test_a_recording_that_fails_on_the_way_ends_the_run_with_an_error_and_its_report_is_whole(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dies: str
-):
+def recordings_of_which_one_fails(monkeypatch: pytest.MonkeyPatch, folder: Path, dies: str) -> RigConfig:
+    """Two recordings of twelve frames, one of which cannot be read past its eighth."""
+
     def opened(section, camera):
         source = open_source(section, camera)
         grab = source.grab
@@ -459,10 +459,17 @@ def test_a_recording_that_fails_on_the_way_ends_the_run_with_an_error_and_its_re
         return source
 
     monkeypatch.setattr("pipeline.live.open_source", opened)
-    names = {"infrared": write_video(tmp_path / "ir.mkv", colour=False), "visible": write_video(tmp_path / "vis.mkv")}
-    config = RigConfig.model_validate(
+    names = {"infrared": write_video(folder / "ir.mkv", colour=False), "visible": write_video(folder / "vis.mkv")}
+    return RigConfig.model_validate(
         {camera: {"kind": "stream", "url": str(path)} for camera, path in names.items()} | {"publish": {"endpoint": ""}}
     )
+
+
+@pytest.mark.parametrize("dies", ["infrared", "visible"])
+def test_a_recording_that_fails_on_the_way_ends_the_run_with_an_error_and_its_report_is_whole(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, dies: str
+):
+    config = recordings_of_which_one_fails(monkeypatch, tmp_path, dies)
     pipeline = LivePipeline(config, engine=MaximumEngine())
     with pytest.raises(SourceError, match=f"{dies}: the disk does not answer"):
         pipeline.run(30)
@@ -471,6 +478,16 @@ def test_a_recording_that_fails_on_the_way_ends_the_run_with_an_error_and_its_re
     assert report["frames_in"] == {"ir": 8 if dies == "infrared" else 12, "vis": 8 if dies == "visible" else 12}
     assert report["fused"] > 0
     assert_every_frame_is_accounted_for(report)
+
+
+def test_the_report_of_a_run_that_ends_with_an_error_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr("pipeline.live.engine_for", lambda _: MaximumEngine())
+    config = recordings_of_which_one_fails(monkeypatch, tmp_path, "visible")
+    with pytest.raises(SourceError, match="the disk does not answer"):
+        run_rig(config, 30, str(tmp_path / "report.json"))
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["fused"] > 0
+    assert "the disk does not answer" in report["fallbacks"][0]
 
 
 def test_a_rig_whose_publisher_dies_ends_with_an_error_instead_of_going_on_mute(monkeypatch: pytest.MonkeyPatch):
