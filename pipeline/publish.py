@@ -9,7 +9,6 @@ everything gets everything.
 from __future__ import annotations
 
 import errno
-import ipaddress
 import logging
 import os
 import random
@@ -32,7 +31,7 @@ from zmq.auth.thread import ThreadAuthenticator
 
 from engines.base import EngineDescription
 from pipeline import messages
-from pipeline.config import PublishConfig
+from pipeline.config import PublishConfig, is_loopback
 from pipeline.errors import ConfigError, PublishError
 from pipeline.frame import Frame, FusedFrame, Mode
 from pipeline.handover import HandoverClosed, Latest, Queue
@@ -751,10 +750,7 @@ def leaves_this_machine(endpoint: str) -> bool:
     # ZeroMQ itself takes port 99999 and listens on another one.
     if scheme != "tcp" or not host or not (port == "*" or (port.isdecimal() and int(port) <= 65535)):
         raise ConfigError(f"publish.endpoint {endpoint!r} is none: write tcp://127.0.0.1:5560 or ipc:///path/to/socket")
-    try:
-        return not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host != "localhost"
+    return not is_loopback(host)
 
 
 def read_secret_key(path: Path) -> bytes:
