@@ -67,11 +67,14 @@ def _none(picture: Picture, strength: float, random: np.random.Generator) -> Pic
 
 
 def _low_light(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
-    """Gamma 1.5 to 3, shot noise of the few photons left, and read noise; cameras smooth some of it away, or all."""
+    """Gamma 1.5 to 3, shot noise of the few photons left, and read noise; half of the cameras smooth some away.
+
+    Never all of it: without any noise nothing tells a darkened picture from a dark place, which has to stay as it is.
+    """
     dark = picture ** _within(strength, 1.5, 3.0)
     photons = _within(strength, 2000, 300)
     read = random.uniform(0.2, 1.0) * _within(strength, 0.02, 0.07)
-    left = float(np.clip(random.uniform(-0.4, 1.6), 0, 1))
+    left = min(1.0, random.uniform(0.1, 2))
     return dark + left * np.sqrt(dark / photons + read**2) * _normal(dark.shape, random)
 
 

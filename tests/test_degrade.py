@@ -175,10 +175,10 @@ def test_streaks_of_rain_show_on_bright_ground_or_fade_there():
     assert min(streaks) < 0.05
 
 
-def test_a_darkened_picture_is_noisy_or_was_cleaned_by_its_camera():
+def test_a_darkened_picture_keeps_some_noise_by_which_it_is_told_from_a_dark_place():
     flat = np.full((96, 128, 3), 0.5, np.float32)
     noise = [float(degrade_visible(flat, "low_light", seed, strength=0.5).std()) for seed in range(40)]
-    assert sum(sigma < 1e-6 for sigma in noise) in range(3, 17)  # a fifth of them
+    assert min(noise) > 0.0008
     assert max(noise) > 0.02
 
 
