@@ -66,8 +66,14 @@ def picture_of(blocks: Image, size: tuple[int, ...]) -> Image:
 
 
 def priors_from(arrays: Sequence[NDArray[np.float32]]) -> Priors:
-    """`Priors` of a network's seven outputs, in the order of its fields."""
-    return Priors(*(np.array(array, dtype=np.float32) for array in arrays))
+    """`Priors` of a network's seven outputs, in the order of its fields.
+
+    Of the strengths, one for every kind, the likeliest kind's is taken: here, because TensorRT has no way to pick it.
+    """
+    values = [np.array(array, dtype=np.float32) for array in arrays]
+    for probabilities, strengths in ((3, 5), (4, 6)):
+        values[strengths] = values[strengths][values[probabilities].argmax()]
+    return Priors(*values)
 
 
 @dataclass(frozen=True)

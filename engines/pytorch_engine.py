@@ -48,7 +48,7 @@ class FrameGraph(nn.Module):
 
 
 class PriorGraph(nn.Module):
-    """The path of the priors, from bytes to three token sets, two sets of probabilities and two strengths."""
+    """The path of the priors, from bytes to three token sets, two sets of probabilities and two of strengths."""
 
     def __init__(self, network: DSPFusion, diffusion_steps: int) -> None:
         super().__init__()
@@ -61,21 +61,15 @@ class PriorGraph(nn.Module):
     def of_units(self, infrared: Tensor, visible: Tensor) -> tuple[Tensor, ...]:
         """The same of pictures in [0, 1], (1, 1, H, W) and (1, 3, H, W)."""
         priors = self.network.estimate_priors(infrared, visible, self.diffusion_steps)
-        of_infrared, of_visible = priors.infrared_logits[0].softmax(-1), priors.visible_logits[0].softmax(-1)
         return (
             priors.degradation_infrared[0],
             priors.degradation_visible[0],
             priors.semantic[0],
-            of_infrared,
-            of_visible,
-            _of_likeliest(of_infrared, priors.infrared_strengths[0]),
-            _of_likeliest(of_visible, priors.visible_strengths[0]),
+            priors.infrared_logits[0].softmax(-1),
+            priors.visible_logits[0].softmax(-1),
+            priors.infrared_strengths[0],
+            priors.visible_strengths[0],
         )
-
-
-def _of_likeliest(probabilities: Tensor, strengths: Tensor) -> Tensor:
-    """The strength () of the degradation that is named, of those of every kind (K,)."""
-    return strengths.gather(0, probabilities.argmax(0, keepdim=True))[0]
 
 
 class PyTorchEngine:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engines.arrays import picture_of
+from engines.arrays import picture_of, priors_from
 from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS, EngineError
 from engines.dspfusion.diffusion import STEPS, SemanticDiffusion, alpha_bars, stride
 from engines.dspfusion.folded import FoldedFrame
@@ -195,9 +195,8 @@ def test_the_strength_that_is_told_is_that_of_the_likeliest_degradation():
     network.rate_visible.weight.data.zero_()
     network.rate_visible.bias.data[:] = torch.tensor([0.0, 1, 2, 1.5, -1, -2, 3, 4])
     with torch.no_grad():
-        *_, visible_strength = PriorGraph(network, 1).of_units(*pair(128, 128))
-    assert visible_strength.shape == ()
-    assert visible_strength.item() == pytest.approx(1 / (1 + math.exp(-1.5)))
+        priors = priors_from([output.numpy() for output in PriorGraph(network, 1).of_units(*pair(128, 128))])
+    assert priors.visible_strength == pytest.approx(1 / (1 + math.exp(-1.5)))
 
 
 def test_an_untrained_nano_shows_nearly_the_brighter_source():
