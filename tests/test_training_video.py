@@ -14,7 +14,7 @@ from engines.base import EngineError
 from engines.degrade import degrade_infrared, degrade_visible
 from engines.training.data import Draw, Pair
 from engines.training.losses import flicker, warp, warped
-from engines.training.video import Moment, draw_video_batch, flow_between, read_clips
+from engines.training.video import Moment, draw_video_batch, flow_between, read_clips, stills
 
 DRAW = Draw(region_px=64, crop_px=32, missing_share=0)
 
@@ -49,6 +49,14 @@ def test_clips_are_read_frame_by_frame_as_pairs(clips: Path):
     assert len(clip) == 3
     assert np.array_equal(clip[1].visible, np.roll(textured(1), 2, 1))
     assert np.array_equal(clip[1].infrared, clip[1].visible[..., 0])
+
+
+def test_the_stages_before_learn_from_the_first_and_the_middle_frame_of_a_clip(clips: Path):
+    (clip,) = read_clips(clips, 64)
+    first, middle = stills([clip])
+    assert np.array_equal(first.visible, clip[0].visible)
+    assert np.array_equal(middle.infrared, clip[1].infrared)
+    assert first.subset == middle.subset == "video"
 
 
 def test_a_folder_that_cannot_be_used_is_refused(clips: Path, tmp_path: Path):

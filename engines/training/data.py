@@ -34,6 +34,7 @@ DARK = 0.25  # mean luminance under which a picture counts as taken at night
 SECOND_STRENGTH = 0.3  # at most
 MOST_SATURATION = 2.2
 MOST_TINT = 0.12  # gains of the colours differ from 1 by up to this share
+LEAST_EXPOSURE = 0.5
 IGNORED = -100  # label of a missing modality: its kind is not to be named
 
 
@@ -62,6 +63,7 @@ class Draw:
     shift_px: Annotated[int, Field(ge=0)] = 2  # the infrared region is moved by up to this much
     gamma_range: Share = 0.25  # the clean infrared picture's curve is bent by up to this share, as gains differ
     colour_share: Share = 0.5  # the colours of so many clean visible pictures are made paler, stronger or warmer
+    dim_share: Share = 0.3  # so many clean visible pictures are taken with less light: what is dark may stay dark
     camera_share: Share = 0.25  # of each modality: also a camera's own sharpening and noise; more of it softens
     coded_share: Share = 0.4  # of each modality: also sent as JPEG, after all that
     second_share: Share = 0.2  # of the degraded pictures of a modality: a second, weak degradation follows the first
@@ -374,8 +376,11 @@ class Framing:
         right = int(np.clip(left + random.integers(-shift, shift + 1), 0, width - size))
         mirrored = random.random() < 0.5
         bend = np.float32(1 + draw.gamma_range * random.uniform(-1, 1))
-        recoloured = draw.colour_share > 0 and random.random() < draw.colour_share
-        return cls(top, left, down, right, size, mirrored, bend, _recolouring(random) if recoloured else None)
+        recolour = _recolouring(random) if draw.colour_share > 0 and random.random() < draw.colour_share else None
+        if draw.dim_share > 0 and random.random() < draw.dim_share:
+            exposure = np.float32(random.uniform(LEAST_EXPOSURE, 1))
+            recolour = exposure * (np.eye(3, dtype=np.float32) if recolour is None else recolour)
+        return cls(top, left, down, right, size, mirrored, bend, recolour)
 
     def cut(self, pair: Pair) -> tuple[Picture, Picture]:
         """The region of both pictures, in [0, 1]."""

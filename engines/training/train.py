@@ -55,7 +55,7 @@ from engines.training.stages import (
     weighted,
 )
 from engines.training.validation import Validation
-from engines.training.video import Clip, VideoBatch, draw_video_batch, read_clips
+from engines.training.video import Clip, VideoBatch, draw_video_batch, read_clips, stills
 
 REPORTED_ITERATIONS = 50
 NAMED_TENSORS = 8  # at most, of those that did not fit
@@ -87,8 +87,8 @@ class Training:
         torch.manual_seed(config.seed)
         self.config, self.team = config, team
         kept, held = hold_back(pairs, config.held_back)
-        self.pairs = balanced(kept, config.balance)
         self.clips = clips or []
+        self.pairs = balanced([*kept, *stills(self.clips)], config.balance)
         self.journal = Journal(None) if journal is None else journal
         self.half = config.precision == "bf16"
         self.network = build(config.variant).to(team.device)
@@ -461,9 +461,7 @@ def train(config: TrainConfig, resume: bool = False) -> Outcome | None:
             least_px = config.draw.region_px
             number, read = reading_pairs(Path(config.data), config.subsets, fields, least_px, journal.say)
             pairs = list(journal.reading(read, number, "reading pairs"))
-            clips = []
-            if config.videos is not None and (config.iterations or config.shares)[-1] > 0:
-                clips = read_clips(Path(config.videos), least_px)
+            clips = [] if config.videos is None else read_clips(Path(config.videos), least_px)
             training = Training(config, pairs, clips, team, journal)
             ready = True
             if resume:

@@ -72,6 +72,11 @@ def _read_clip(thermal: Path, least_px: int) -> Clip:
     return clip
 
 
+def stills(clips: list[Clip]) -> list[Pair]:
+    """The first and the middle frame of each clip, for the stages that learn from pairs: a clip is one more scene."""
+    return [clip[index]._replace(subset="video") for clip in clips for index in (0, len(clip) // 2)]
+
+
 def _decoded(path: Path, pixels: str) -> Iterator[NDArray[np.uint8]]:
     try:
         with av.open(str(path)) as container:
