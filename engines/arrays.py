@@ -7,6 +7,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -70,10 +71,12 @@ def priors_from(arrays: Sequence[NDArray[np.float32]]) -> Priors:
 
     Of the strengths, one for every kind, the likeliest kind's is taken: here, because TensorRT has no way to pick it.
     """
-    values = [np.array(array, dtype=np.float32) for array in arrays]
-    for probabilities, strengths in ((3, 5), (4, 6)):
-        values[strengths] = values[strengths][values[probabilities].argmax()]
-    return Priors(*values)
+    values: dict[str, Any] = {
+        name: np.array(array, dtype=np.float32) for name, array in zip(Priors.__dataclass_fields__, arrays, strict=True)
+    }
+    for camera in ("infrared", "visible"):
+        values[f"{camera}_strength"] = values[f"{camera}_strength"][values[f"{camera}_probabilities"].argmax()]
+    return Priors(**values)
 
 
 @dataclass(frozen=True)

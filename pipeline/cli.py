@@ -480,9 +480,7 @@ def check_calibration(config: Any) -> None:
 
 def check_keys(config: Any) -> None:
     """Refuses keys that are there and cannot be used, and an encrypted publisher without a list of its guests."""
-    import zmq.auth
-
-    from pipeline.publish import read_secret_key
+    from pipeline.publish import read_guest_keys, read_secret_key
 
     if not (config.endpoint and config.curve_secret_key_file):
         return
@@ -494,13 +492,7 @@ def check_keys(config: Any) -> None:
             "give a folder with their public keys"
         )
     if Path(config.authorized_keys_dir).exists():
-        try:
-            zmq.auth.load_certificates(config.authorized_keys_dir)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"publish.authorized_keys_dir {config.authorized_keys_dir} is no folder of public keys ({error}): "
-                "leave nothing but them in it"
-            ) from None
+        read_guest_keys(Path(config.authorized_keys_dir))
 
 
 def check_weights(config: Any) -> None:

@@ -546,7 +546,7 @@ class LivePipeline:
         overloaded = in_fuse.get("overload", 0) + sum(captured.values())
         flags = {
             "overload": overloaded > self._overloaded,
-            "ffc": fused.mode in ("held", "vis_only") and self._cameras()["infrared"]["state"] == "shutter",
+            "ffc": fused.mode in ("held", "vis_only") and self._infrared_state == "shutter",
             "degraded_model": self._replaced,
         }
         self._overloaded = overloaded
@@ -567,11 +567,16 @@ class LivePipeline:
 
     def _cameras(self) -> dict[str, dict[str, Any]]:
         cameras: dict[str, dict[str, Any]] = {camera: capture.counters() for camera, capture in self._captures.items()}
-        infrared = cameras["infrared"]
-        infrared["resting"] = self._sync.account.resting
-        if infrared["state"] in ("live", "shutter"):
-            infrared["state"] = "shutter" if self._sync.infrared_frozen else "live"
+        cameras["infrared"] |= {"resting": self._sync.account.resting, "state": self._infrared_state}
         return cameras
+
+    @property
+    def _infrared_state(self) -> str:
+        """As both cameras tell: a picture that repeats may also be a view at rest."""
+        state = self._captures["infrared"].state
+        if state not in ("live", "shutter"):
+            return state
+        return "shutter" if self._sync.infrared_frozen else "live"
 
     def _health(self) -> dict[str, Any]:
         return {

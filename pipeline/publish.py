@@ -705,10 +705,7 @@ class Publisher:
                 "subscribe, ZeroMQ would accept any key"
             )
         secret = read_secret_key(Path(self._config.curve_secret_key_file))
-        try:
-            self._guests.keys.update(zmq.auth.load_certificates(keys))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"publish.authorized_keys_dir {keys!r} has a file that is no key: {error}") from None
+        self._guests.keys.update(read_guest_keys(Path(keys)))
         self._public_key = zmq.curve_public(secret).decode()
         self._authenticator = ThreadAuthenticator(context)
         self._authenticator.start()
@@ -751,6 +748,20 @@ def leaves_this_machine(endpoint: str) -> bool:
     if scheme != "tcp" or not host or not (port == "*" or (port.isdecimal() and int(port) <= 65535)):
         raise ConfigError(f"publish.endpoint {endpoint!r} is none: write tcp://127.0.0.1:5560 or ipc:///path/to/socket")
     return not is_loopback(host)
+
+
+def read_guest_keys(folder: Path) -> dict[bytes, bool]:
+    """The public keys of those who may subscribe.
+
+    Raises:
+        ConfigError: it is no folder, or has a file that is no key.
+    """
+    try:
+        return zmq.auth.load_certificates(folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"publish.authorized_keys_dir {folder} is no folder of public keys ({error}): leave nothing but them in it"
+        ) from None
 
 
 def read_secret_key(path: Path) -> bytes:

@@ -481,7 +481,7 @@ def test_keys_that_cannot_be_used_are_refused(keys, tmp_path):
         (str(made["server"][0]), str(known), "no secret key"),
         (str(readable), str(known), "chmod 600"),
         (str(made["server"][1]), str(tmp_path / "missing"), "is no folder"),
-        (str(made["server"][1]), str(tmp_path / "nonsense"), "a file that is no key"),
+        (str(made["server"][1]), str(tmp_path / "nonsense"), "leave nothing but them"),
     ):
         config = PublishConfig(endpoint=LOOPBACK, curve_secret_key_file=secret, authorized_keys_dir=folder)
         with pytest.raises(ConfigError, match=why):

@@ -92,6 +92,12 @@ def test_a_longer_recording_goes_on_alone(tmp_path: Path):
         assert account["captured"] == account["used"] + sum(account["dropped"].values())
 
 
+def wait_for_the_subscription(endpoint: str) -> None:
+    with Client(endpoint, rig="replay", stream="health") as client:
+        while not any("fused/raw" in prefix for prefix in client.latest(30).data()["subscriptions"]):
+            pass
+
+
 def test_every_fused_frame_of_a_replay_reaches_a_subscriber(tmp_path: Path, pair):
     endpoint = f"ipc://{tmp_path / 'replay'}"
     received = []
@@ -101,15 +107,10 @@ def test_every_fused_frame_of_a_replay_reaches_a_subscriber(tmp_path: Path, pair
             for _, message in zip(range(12), client.all(timeout_s=30), strict=False):
                 received.append(message.header.sequence)
 
-    def wait_for_the_subscription(_: int) -> None:
-        with Client(endpoint, rig="replay", stream="health") as client:
-            while not any("fused/raw" in prefix for prefix in client.latest(30).data()["subscriptions"]):
-                pass
-
     consumer = threading.Thread(target=consume)
     consumer.start()
     config = ReplayConfig(**pair, publish=PublishConfig(endpoint=endpoint))
-    report = replay(config, engine=MaximumEngine(), on_start=wait_for_the_subscription)
+    report = replay(config, engine=MaximumEngine(), on_start=lambda _: wait_for_the_subscription(endpoint))
     consumer.join(timeout=40)
     assert report["published"] == 12
     assert received == list(range(12))
@@ -130,15 +131,10 @@ def test_the_headers_of_a_replay_say_what_those_of_a_live_rig_say(tmp_path: Path
         with Client(endpoint, rig="replay", codec="raw") as client:
             headers.append(client.latest(timeout_s=30).header)
 
-    def wait_for_the_subscription(_: int) -> None:
-        with Client(endpoint, rig="replay", stream="health") as client:
-            while not any("fused/raw" in prefix for prefix in client.latest(30).data()["subscriptions"]):
-                pass
-
     consumer = threading.Thread(target=consume)
     consumer.start()
     config = ReplayConfig(**pair, calibration=str(tmp_path / "rig.yaml"), publish=PublishConfig(endpoint=endpoint))
-    replay(config, engine=MaximumEngine(), on_start=wait_for_the_subscription)
+    replay(config, engine=MaximumEngine(), on_start=lambda _: wait_for_the_subscription(endpoint))
     consumer.join(timeout=40)
     (header,) = headers
     assert (header.seed, header.steps) == (NOISE_SEED, 4)

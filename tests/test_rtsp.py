@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import av
 import numpy as np
@@ -164,30 +165,31 @@ def test_the_first_frame_after_joining_between_keyframes_is_a_keyframe(cameras):
     late.close(), running.close()
 
 
+@contextmanager
+def late_camera(gop: int) -> Iterator[StreamCamera]:
+    """A camera with half a second of patience, opened right after a keyframe of a stream that another one keeps up."""
+    with rtsp_server(width=320, height=240, gop=gop) as server:
+        running, late = camera(server.url("ir")), camera(server.url("ir"), read_timeout_s=0.5)
+        running.open()
+        running.grab()
+        late.open()
+        yield late
+        late.close(), running.close()
+
+
 @needs_gst
 def test_a_keyframe_may_take_longer_than_the_read_timeout_to_come():
     """One every four seconds, joined right after one, with half a second of patience for a stream that runs."""
-    with rtsp_server(width=320, height=240, gop=100) as server:
-        running = camera(server.url("ir"))
-        running.open()
-        running.grab()
-        late = camera(server.url("ir"), read_timeout_s=0.5)
-        late.open()
+    with late_camera(gop=100) as late:
         started = time.monotonic()
         assert not late.grab().suspect
         assert time.monotonic() - started > 0.5
-        late.close(), running.close()
 
 
 @needs_gst
 def test_a_camera_without_keyframes_is_an_error_and_may_be_closed_before(monkeypatch):
     monkeypatch.setattr("pipeline.sources.stream.FIRST_FRAME_S", 1.0)
-    with rtsp_server(width=320, height=240, gop=10_000) as server:
-        running = camera(server.url("ir"))
-        running.open()
-        running.grab()
-        late = camera(server.url("ir"), read_timeout_s=0.5)
-        late.open()
+    with late_camera(gop=10_000) as late:
         with pytest.raises(SourceError, match="sent no keyframe in 1 s: have it send one every few seconds"):
             late.grab()
         monkeypatch.setattr("pipeline.sources.stream.FIRST_FRAME_S", 60.0)
@@ -195,7 +197,6 @@ def test_a_camera_without_keyframes_is_an_error_and_may_be_closed_before(monkeyp
         threading.Timer(0.5, late.close).start()
         with pytest.raises(SourceError, match="was closed while it was read"):
             late.grab()
-        running.close()
 
 
 @needs_gst
