@@ -38,8 +38,8 @@ PUBLISHED_SCENES = (
     ("vi_Rain", "00571D"),
     ("vi_Rain", "01502D"),
 )
-# Scenes of `degraded` whose clean source is among the training pairs.
-TRAINED_ON = frozenset({"00001D", "00006", "04269", "04598", "04602", "010001"})
+# Scenes of `degraded` whose clean source is among the training pairs of any subset, also of those not used by default.
+TRAINED_ON = frozenset({"00001D", "00002D", "00005N", "00264D", "00269D", "00006", "04269", "04598", "04602", "010001"})
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,10 @@ from engines.training.config import FREE_TO_CHANGE, TrainConfig
 
 KEYS = ("network", "average", "optimizer", "stage", "done", "spent_s", "recent", "variant", "processes", "config")
 # Options that came later, and the value that stands for what was done without them: checkpoints may not know them yet.
-LATER_OPTIONS: dict[str, Any] = {"balance": 0, "draw": {"camera_share": 0, "coded_share": 0, "colour_share": 0}}
+LATER_OPTIONS: dict[str, Any] = {
+    "balance": 0,
+    "draw": {"camera_share": 0, "coded_share": 0, "colour_share": 0, "dim_share": 0},
+}
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -55,11 +55,9 @@ class TrainConfig(BaseModel):
     fields: str | None = None  # npz of residual displacements of the infrared pictures, for those of its size
     subsets: tuple[str, ...] = Field(("msrs", "roadscene", "llvip", "tno", "m3fd", "fmb"), min_length=1)
     balance: Share = Field(0.5, le=1)  # 0 draws all pairs alike, 1 all subsets alike
-    videos: str | None = (
-        None  # folder of registered clips *_ir.mkv and *_vi.mkv: stage IV, and some stills for the others
-    )
+    videos: str | None = None  # folder of registered clips *_ir.mkv and *_vi.mkv: for stage IV, and stills for the rest
     output: str  # folder of the checkpoint, the exported weights, the journal and the pictures
-    minutes: float = Field(30.0, gt=0)  # of all stages together, when no iterations are given
+    minutes: float = Field(30.0, gt=0)  # of all stages, without warm-up and reading; unless iterations are given
     shares: tuple[Share, Share, Share, Share] = (0.6, 0.15, 0.25, 0.0)  # of the minutes, by stage; their ratio counts
     iterations: tuple[Count, Count, Count, Count] | None = None  # of each stage: exact, instead of minutes
     batch: int = Field(8, ge=1)  # of each process

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import signal
 import sys
 import threading
@@ -106,6 +107,7 @@ class Training:
         self.done = [0] * STAGES  # iterations of each stage
         self.spent_s = [0.0] * STAGES
         self.recent: dict[str, float] = {}
+        self.started_from: str | None = None  # SHA-256 of the weights to start from
         self.optimizer = self._optimizer()
 
     def begin(self, stopping: Callable[[], bool] = lambda: False) -> bool:
@@ -117,6 +119,7 @@ class Training:
         ended = True
         if self.config.start is not None:
             anew = take_fitting(self.network, Path(self.config.start))
+            self.started_from = hashlib.sha256(Path(self.config.start).read_bytes()).hexdigest()
             self.journal.say(_told(anew, len(self.average), Path(self.config.start)))
         else:
             ended = warm_up(
@@ -230,7 +233,7 @@ class Training:
         """Looks at what a stage has reached, and goes on with the averaged network, which is the exported one."""
         if self.recent:
             self.validate()
-            if self.stage == 2:
+            if self.stage in (2, 3):
                 self._report_priors()
         self.stage += 1
         self.network.load_state_dict(self.average)
@@ -327,6 +330,7 @@ class Training:
             "done": self.done,
             "spent_s": self.spent_s,
             "recent": self.recent,
+            "started_from": self.started_from,
             "variant": self.config.variant,
             "processes": self.team.size,
             "config": self.binding,
@@ -351,6 +355,7 @@ class Training:
         finished = state["stage"] > STAGES
         self.stage, self.done, self.spent_s = min(state["stage"], STAGES), state["done"], state["spent_s"]
         self.recent = {} if finished else state["recent"]
+        self.started_from = state.get("started_from")  # older checkpoints do not know it
         if finished and self.left() == 0:
             raise EngineError(
                 f"{path} is of a finished training with nothing left to do: only stage {NAMES[-1]} could go on, and is "
@@ -381,6 +386,8 @@ class Training:
             "iterations": "+".join(str(done) for done in self.done),
             "minutes": "+".join(f"{spent / 60:.1f}" for spent in self.spent_s),
         }
+        if self.started_from is not None:
+            metadata["started_from"] = self.started_from
         if self.teacher is not None and self.config.teacher is not None:
             metadata["teacher"] = f"{self.config.teacher.variant} {self.teacher.sha256}"
         write_whole(path, lambda partial: save_file(tensors, partial, metadata=metadata))

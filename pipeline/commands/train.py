@@ -12,7 +12,8 @@ import typer
 def train(
     config: Annotated[Path, typer.Argument(help="A training configuration, such as configs/train_nano.yaml.")],
     minutes: Annotated[
-        float | None, typer.Option(help="Budget of all stages together, in place of the configuration's.")
+        float | None,
+        typer.Option(help="Budget of all stages, without warm-up and reading, in place of the configuration's."),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     as_json: Annotated[
