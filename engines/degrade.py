@@ -82,10 +82,10 @@ def _low_light(picture: Picture, strength: float, random: np.random.Generator) -
 
 
 def _over_exposure(picture: Picture, strength: float, random: np.random.Generator) -> Picture:
-    """Gain with a flattened shoulder: bright parts clip. Or stray light in the lens: a veil over everything."""
+    """Bright parts clip: gain with a flattened shoulder, or a little gain and a veil of light, thicker in places."""
     if random.random() < 0.3:
-        veil = _within(strength, 0.1, 0.4)
-        return picture * (1 - veil) + veil
+        veil = (_within(strength, 0.1, 0.4) * (0.5 + _smooth_field(picture.shape, random)))[..., None]
+        return np.asarray(1.15 * (picture * (1 - veil) + veil), np.float32)
     return (picture * _within(strength, 1.3, 2.4)) ** _within(strength, 0.95, 0.75)
 
 
