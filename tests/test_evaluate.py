@@ -251,6 +251,18 @@ def test_flicker_counts_only_where_both_clean_sources_stand_still(pictures):
     assert scene.static_share == 0.5
 
 
+@pytest.mark.parametrize("moving", ["infrared", "visible"])
+def test_a_pixel_stands_still_whose_sources_change_by_less_than_two_levels(moving: str):
+    grey = np.full((HEIGHT, WIDTH), 100, np.uint8)
+    by = np.repeat(np.uint8([0, 1, 2, 3]), WIDTH // 4)  # levels that the source changes by: four parts of the picture
+    changed = np.tile(100 + by, (HEIGHT, 1))
+    scene = StaticScene(
+        [grey, changed if moving == "infrared" else grey], [grey, changed if moving == "visible" else grey]
+    )
+    assert scene.static_share == 0.5  # by 0 and by 1
+    assert scene.flicker([grey, np.tile(100 + 4 * by, (HEIGHT, 1))]) == 2  # the mean of 0 and 4
+
+
 def test_a_clip_that_never_stands_still_has_no_flicker_figure(pictures):
     _, infrared, visible = pictures
     shaken = (visible // 2) + 60

@@ -22,15 +22,28 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from engines.base import EngineError
+from engines.base import VISIBLE_DEGRADATIONS, EngineError
 from engines.dspfusion import variants
 from engines.dspfusion.loading import load
 from engines.training import journal as journal_module
+from engines.training import stages
 from engines.training import train as train_module
+from engines.training import validation as validation_module
 from engines.training.checkpoint import read_checkpoint, write_whole
 from engines.training.config import TrainConfig, checked, read_config
-from engines.training.data import IGNORED, Batch, Pair, balanced, draw_batch, hold_back, read_pairs, reading_pairs
+from engines.training.data import (
+    IGNORED,
+    Batch,
+    Pair,
+    Spoiling,
+    balanced,
+    draw_batch,
+    hold_back,
+    read_pairs,
+    reading_pairs,
+)
 from engines.training.distributed import Processes
 from engines.training.journal import Journal
 from engines.training.losses import (
@@ -42,10 +55,20 @@ from engines.training.losses import (
     structural_similarity,
     teacher_losses,
 )
-from engines.training.stages import IMAGE_LOSSES, Noise, image_losses, rating_loss, weighted
+from engines.training.stages import (
+    IMAGE_LOSSES,
+    Noise,
+    clean_priors,
+    clean_tokens,
+    degraded_priors,
+    image_losses,
+    rating_loss,
+    weighted,
+)
 from engines.training.train import Training, main, take_fitting, train, with_minutes
 from engines.training.validation import Validation
-from engines.training.video import draw_video_batch
+from engines.training.video import VideoBatch, draw_video_batch
+from pipeline.cli import app
 from tests.rigs.training import DRAW, TINY, write_dataset
 
 
@@ -163,6 +186,10 @@ def test_missing_data_says_what_is_needed(tmp_path: Path, dataset: Path):
         read_pairs(dataset, ("sea",), None, 64)
 
 
+# Nothing is changed in the clean pictures but where they are cut, and what is degraded is degraded once.
+AS_TAKEN = dataclasses.replace(DRAW, missing_share=0, gamma_range=0, dim_share=0, second_share=0)
+
+
 def test_a_batch_depends_on_its_number_alone(config: TrainConfig):
     pairs = pairs_of(config)
     first, again, other = (draw_batch(pairs, 2, DRAW, 1, number) for number in (7, 7, 8))
@@ -184,6 +211,48 @@ def test_a_missing_modality_is_black_and_has_no_name(config: TrainConfig):
     assert (missing_infrared ^ (batch.visible_kind == IGNORED)).all()
     assert batch.infrared[missing_infrared].abs().sum() == 0
     assert batch.clean_visible[~missing_infrared].abs().sum() == 0
+
+
+def test_infrared_lies_up_to_shift_px_beside_visible():
+    """Both pictures count their own columns, or rows: what differs within a region is how far one was moved."""
+    columns = np.tile(np.arange(100, dtype=np.uint8), (100, 1))
+    for ramp in (columns, columns.T):
+        pair = Pair(ramp, np.dstack([ramp] * 3))
+        assert moves(pair, shift_px=2) == {-2, -1, 0, 1, 2}
+        assert moves(pair, shift_px=0) == {0}
+
+
+def moves(pair: Pair, shift_px: int) -> set[int]:
+    draw = dataclasses.replace(AS_TAKEN, clean_share=1, shift_px=shift_px)
+    batch = draw_batch([pair], 64, draw, 1, 0)
+    apart = ((batch.clean_region_infrared - batch.clean_region_visible[:, :1]) * 255).round()
+    assert torch.equal(apart.amin((1, 2, 3)), apart.amax((1, 2, 3)))
+    return {int(move) for move in apart[:, 0, 0, 0]}
+
+
+def test_only_what_was_degraded_has_a_strength(config: TrainConfig):
+    batch = draw_batch(pairs_of(config), 64, dataclasses.replace(DRAW, clean_share=0.5, missing_share=0.2), 1, 0)
+    for kind, strength in (
+        (batch.infrared_kind, batch.infrared_strength),
+        (batch.visible_kind, batch.visible_strength),
+    ):
+        assert {IGNORED, 0} < set(kind.tolist())
+        assert torch.equal(strength > 0, kind > 0)
+
+
+def test_a_night_scene_is_darkened_two_fifths_as_much():
+    ratios: dict[str, set[float]] = {"low_light": set(), "another": set()}
+    for seed in range(64):
+        night, dusk = (
+            Spoiling.drawn(np.full((8, 8, 3), light, np.float32), AS_TAKEN, np.random.default_rng(seed))
+            for light in (0.24, 0.26)
+        )
+        name = VISIBLE_DEGRADATIONS[night.visible_kind]
+        ratio = night.strength[1] / dusk.strength[1]
+        ratios[name if name == "low_light" else "another"].add(round(ratio, 6))
+        assert night.strength[0] == dusk.strength[0]
+        assert night.visible_steps[0][2] == night.strength[1]  # the label tells what was done
+    assert ratios == {"low_light": {0.4}, "another": {1.0}}
 
 
 def test_stage_one_reaches_every_parameter_but_the_diffusion(config: TrainConfig):
@@ -242,6 +311,126 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(config: TrainConfig,
     assert broken.done == [2, 2, 2, 2]
     for name, value in unbroken.average.items():
         assert torch.equal(value, broken.average[name]), name
+
+
+def flat(light: float, channels: int, size: int) -> torch.Tensor:
+    return torch.full((2, channels, size, size), light)
+
+
+@pytest.fixture
+def flat_batch() -> Batch:
+    """Clean pictures of brightness 0.2 in infrared and 0.6 in visible, degraded ones of 0.9 and 0.8."""
+    pictures = [
+        flat(light, channels, size) for size in (64, 32) for light, channels in ((0.9, 1), (0.8, 3), (0.2, 1), (0.6, 3))
+    ]
+    kinds, strengths = torch.ones(2, dtype=torch.long), torch.full((2,), 0.5)
+    return Batch(*pictures, kinds, kinds, strengths, strengths)
+
+
+def half_grey(_: object, __: torch.Tensor, visible: torch.Tensor, ___: object) -> torch.Tensor:
+    """In place of the network's picture."""
+    return torch.full_like(visible, 0.5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3, 4])
+def test_a_picture_is_compared_with_the_clean_sources(
+    config: TrainConfig, flat_batch: Batch, stage: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(stages, "fuse", half_grey)
+    network = Training(config, pairs_of(config)).network
+    if stage == 4:
+        nowhere, everywhere = torch.zeros(2, 2, 32, 32), torch.ones(2, 1, 32, 32)
+        losses = stages.video_losses(network, VideoBatch(flat_batch, flat_batch, nowhere, everywhere), Noise(1))
+    else:
+        losses = image_losses(network, flat_batch, stage, Noise(1))
+    assert losses["intensity"].item() == pytest.approx(0.1)  # 0.6 is the brighter one
+    assert losses["consistency"].item() == pytest.approx(0.3 + 0.1)
+
+
+def test_clean_tokens_come_from_the_clean_region_and_degraded_ones_from_the_degraded(config: TrainConfig):
+    network = Training(config, pairs_of(config)).network
+    batch, other = (draw_batch(pairs_of(config), 2, DRAW, 1, number) for number in (0, 1))
+    otherwise_degraded = batch._replace(region_infrared=other.region_infrared, region_visible=other.region_visible)
+    otherwise_clean = batch._replace(
+        clean_region_infrared=other.clean_region_infrared, clean_region_visible=other.clean_region_visible
+    )
+    tokens = clean_tokens(network, batch)
+    assert torch.equal(tokens, clean_tokens(network, otherwise_degraded))
+    assert not torch.allclose(tokens, clean_tokens(network, otherwise_clean))
+
+    first, degraded, clean = (clean_priors(network, seen) for seen in (batch, otherwise_degraded, otherwise_clean))
+    assert torch.equal(first.semantic, degraded.semantic)
+    assert not torch.allclose(first.degradation_visible, degraded.degradation_visible)
+    assert not torch.allclose(first.semantic, clean.semantic)
+    assert torch.equal(first.degradation_infrared, clean.degradation_infrared)
+
+    first, degraded, clean = (
+        degraded_priors(network, seen, Noise(2)) for seen in (batch, otherwise_degraded, otherwise_clean)
+    )
+    assert not torch.allclose(first.semantic, degraded.semantic)
+    assert all(torch.equal(one, two) for one, two in zip(first, clean, strict=True))
+
+
+def test_restored_tokens_are_compared_with_those_of_the_clean_pair(config: TrainConfig):
+    """Where nothing is degraded and nothing restored, there is no distance; where it is degraded, there is."""
+    network = Training(config, pairs_of(config)).network
+    clean, degraded = (
+        image_losses(network, draw_batch(pairs_of(config), 2, draw, 1, 0), 2, Noise(0))["tokens"].item()
+        for draw in (dataclasses.replace(AS_TAKEN, clean_share=share) for share in (1, 0))
+    )
+    assert clean == 0
+    assert degraded > 0
+
+
+@pytest.mark.parametrize(("iteration", "taken"), [(0, 0.9), (8, 0.5), (100_000, 0.002)])
+def test_the_average_takes_less_and_less_of_the_newest_weights(config: TrainConfig, iteration: int, taken: float):
+    """From 9 / 10 over 9 / 18 down to 1 - `averaging`."""
+    training = Training(changed(config, averaging=0.998), pairs_of(config))
+    training.done[0] = iteration
+    before = {name: torch.full_like(value, 3.0) for name, value in training.average.items()}
+    training.average = {name: value.clone() for name, value in before.items()}
+    training.step(drawn(training), progress=0.5)
+    for name, newest in training.network.state_dict().items():
+        assert torch.allclose(training.average[name], (1 - taken) * before[name] + taken * newest, atol=1e-5), name
+
+
+@pytest.mark.parametrize("clip", [1e-3, 1e3])
+def test_gradients_are_no_longer_than_the_clip(config: TrainConfig, clip: float):
+    training = Training(changed(config, clip=clip), pairs_of(config))
+    training.step(drawn(training))
+    gradients = [parameter.grad for parameter in training.network.parameters() if parameter.grad is not None]
+    length = torch.stack([gradient.square().sum() for gradient in gradients]).sum().sqrt().item()
+    if clip == 1e-3:
+        assert length == pytest.approx(1e-3, rel=1e-3)
+    else:
+        assert 1e-2 < length < 1e3  # shorter ones stay as they are
+
+
+@pytest.mark.parametrize(
+    ("progress", "iteration", "share"),
+    [(0, 0, 1 / 50), (0, 24, 1 / 2), (0, 49, 1), (0, 10_000, 1), (1 / 2, 100, 0.505), (1, 100, 0.01)],
+)
+def test_the_rate_rises_for_fifty_iterations_and_falls_along_a_cosine(
+    config: TrainConfig, progress: float, iteration: int, share: float
+):
+    training = Training(changed(config, rates=(0.004, 1.0, 1.0)), pairs_of(config))
+    training.done[0] = iteration
+    training.step(drawn(training), progress)
+    assert training.optimizer.param_groups[0]["lr"] == pytest.approx(0.004 * share)
+
+
+def test_every_process_starts_its_diffusion_from_noise_of_its_own(config: TrainConfig):
+    def begun(rank: int, iteration: int) -> Noise:
+        training = Training(config, pairs_of(config), team=Processes(rank, 2))
+        training.stage = 2
+        training.done[1] = iteration
+        return training._noise(drawn(training))
+
+    first, again, second, later = begun(0, 5), begun(0, 5), begun(1, 5), begun(0, 6)
+    assert torch.equal(first.start, again.start)
+    assert first.steps == again.steps == second.steps  # one process never waits for another's longer chain
+    assert abs(np.corrcoef(first.start.flatten(), second.start.flatten())[0, 1]) < 0.1
+    assert not torch.equal(first.start, later.start)
 
 
 def without(values: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -415,15 +604,17 @@ def test_a_training_can_begin_with_the_weights_that_it_replaces(config: TrainCon
     assert weights.read_bytes() != before
 
 
+@contextmanager
+def at_once() -> Iterator[Callable[[], bool]]:
+    """In place of a signal."""
+    yield lambda: True
+
+
 def test_a_stop_in_the_warm_up_has_no_result_and_leaves_the_earlier_one(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     train(config)
     before = contents(Path(config.output))
-
-    @contextmanager
-    def at_once() -> Iterator[Callable[[], bool]]:
-        yield lambda: True
 
     monkeypatch.setattr(train_module, "stop_requested", at_once)
     (tmp_path / "train.yaml").write_text(json.dumps(config.model_dump(mode="json")))
@@ -526,6 +717,46 @@ def test_the_command_reads_its_configuration(config: TrainConfig, tmp_path: Path
     )
     main([str(path)])
     assert capsys.readouterr().out.strip().endswith("tiny.safetensors")
+
+
+@pytest.fixture
+def short(config: TrainConfig, tmp_path: Path) -> Path:
+    """The configuration file of a training of one iteration."""
+    values = changed(config, iterations=(1, 0, 0), held_back=1, warm_up_items=4).model_dump(mode="json")
+    (tmp_path / "short.yaml").write_text(json.dumps(values))
+    return tmp_path / "short.yaml"
+
+
+def test_dspfusion_train_prints_the_weights_and_writes_how_it_ended(short: Path, config: TrainConfig, tmp_path: Path):
+    weights = Path(config.output) / "tiny.safetensors"
+    done = CliRunner().invoke(app, ["train", str(short), "--json", str(tmp_path / "ended.json")])
+    assert done.exit_code == 0, done.output
+    assert done.stdout == f"{weights}\n"
+    ended = json.loads((tmp_path / "ended.json").read_text())
+    assert ended["weights"] == str(weights)
+    assert Path(ended["checkpoint"]).is_file()
+    assert ended["finished"]
+    assert ended["iterations"] == [1, 0, 0, 0]
+    assert ended["minutes"][0] > 0
+    assert ended["minutes"][1:] == [0, 0, 0]
+    assert ended["validation"]["total"] > 0
+
+    done = CliRunner().invoke(app, ["train", str(short), "--json", "-"])
+    assert json.loads(done.stdout)["weights"] == str(weights)  # and nothing else is printed
+
+    for option, refused in ((["--resume"], "nothing left to do"), (["--minutes", "0"], "--minutes is no training")):
+        with pytest.raises(EngineError, match=refused):
+            CliRunner().invoke(app, ["train", str(short), *option], catch_exceptions=False)
+
+
+def test_dspfusion_train_that_is_stopped_in_the_warm_up_has_no_weights_to_print(
+    short: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(train_module, "stop_requested", at_once)
+    assert CliRunner().invoke(app, ["train", str(short)]).stdout == ""
+    told = json.loads(CliRunner().invoke(app, ["train", str(short), "--json", "-"]).stdout)
+    assert (told["weights"], told["checkpoint"], told["finished"]) == (None, None, False)
+    assert told["validation"] == {}
 
 
 @pytest.mark.parametrize(
@@ -732,6 +963,25 @@ def test_stage_one_is_judged_without_the_denoiser_that_has_learned_nothing_yet(c
             parameter += 1
     assert validation.judge(network, 1)[0] == before[1]
     assert validation.judge(network, 3)[0]["flicker"] != before[3]["flicker"]
+
+
+def test_degraded_pictures_are_judged_by_the_clean_ones(config: TrainConfig, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(validation_module, "fuse", half_grey)
+    dark, bright = np.full((64, 64), 51, np.uint8), np.full((64, 64, 3), 153, np.uint8)  # 0.2 and 0.6
+    held = [Pair(dark, bright)] * 6
+    judging = changed(config, draw=dataclasses.asdict(dataclasses.replace(AS_TAKEN, clean_share=0)))
+    validation = Validation(held, judging, torch.device("cpu"))
+    assert any((batch.region_infrared - 0.2).abs().max() > 0.05 for batch in validation.batches)
+    assert any((batch.region_visible - 0.6).abs().max() > 0.05 for batch in validation.batches)
+    network = Training(config, pairs_of(config)).judged
+    for stage in (1, 3):
+        values, sheet = validation.judge(network, stage)
+        assert values["intensity"] == pytest.approx(0.1)  # 0.6 is the brighter one
+        assert values["consistency"] == pytest.approx(0.3 + 0.1)
+        assert (sheet[:, -64:] == 153).all()
+    for found in validation.prior_errors(network, (2,)).values():
+        assert found["intensity"] == pytest.approx(0.1)
+        assert found["consistency"] == pytest.approx(0.3 + 0.1)
 
 
 def test_four_pairs_are_learned_by_heart(config: TrainConfig):

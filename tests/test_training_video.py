@@ -12,9 +12,13 @@ import torch
 
 from engines.base import EngineError
 from engines.degrade import degrade_infrared, degrade_visible
+from engines.dspfusion.network import DSPFusion
+from engines.training import stages
 from engines.training.data import Draw, Pair
 from engines.training.losses import flicker, warp, warped
+from engines.training.stages import Noise, video_losses
 from engines.training.video import Moment, draw_video_batch, flow_between, read_clips, stills
+from tests.rigs.training import TINY
 
 DRAW = Draw(region_px=64, crop_px=32, missing_share=0)
 
@@ -167,6 +171,44 @@ def test_flicker_counts_pixels_that_stand_still_in_both_sources():
     assert flicker(first, second, clean, moving).item() == pytest.approx(0.1)
     assert flicker(first, second, clean, clean).item() == pytest.approx(0.5)
     assert flicker(first, second, clean, clean + 1).item() == 0
+
+
+@pytest.mark.parametrize("source", [0, 1])
+@pytest.mark.parametrize(("levels", "counted"), [(0, 0.1), (1, 0.1), (2, 0), (3, 0)])
+def test_a_pixel_stands_still_that_changes_by_less_than_two_grey_levels(source: int, levels: int, counted: float):
+    before = torch.zeros(1, 2, 4, 4)
+    after = before.clone()
+    after[:, source] = levels / 255
+    fused = torch.full((1, 3, 4, 4), 0.5)
+    assert flicker(fused, fused + 0.1, before, after).item() == pytest.approx(counted)
+
+
+def test_the_clean_frames_tell_what_stands_still(monkeypatch: pytest.MonkeyPatch):
+    """Noise moves in every degraded frame: were it asked, nothing would ever stand still."""
+
+    def brightens(_: object, infrared: torch.Tensor, visible: torch.Tensor, __: object) -> torch.Tensor:
+        fused = torch.full_like(visible, 0.5)
+        fused[len(infrared) // 2 :] = 0.6  # the second frames
+        return fused
+
+    monkeypatch.setattr(stages, "fuse", brightens)
+    pair = Pair(textured(2)[..., 0].copy(), textured(2))
+    batch = draw_video_batch([], [pair], 1, DRAW, 1, 0)
+    standing = batch._replace(
+        first=batch.first._replace(infrared=torch.rand(1, 1, 32, 32), visible=torch.rand(1, 3, 32, 32)),
+        second=batch.second._replace(
+            clean_infrared=batch.first.clean_infrared, clean_visible=batch.first.clean_visible
+        ),
+    )
+    assert video_losses(DSPFusion(TINY), standing, Noise(1))["flicker"].item() == pytest.approx(0.1)
+    moving = standing._replace(
+        second=standing.second._replace(
+            infrared=standing.first.infrared,
+            visible=standing.first.visible,
+            clean_infrared=1 - standing.first.clean_infrared,
+        )
+    )
+    assert video_losses(DSPFusion(TINY), moving, Noise(1))["flicker"].item() < 0.1
 
 
 def test_the_warped_error_is_zero_along_the_motion():
