@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -187,7 +188,7 @@ def test_missing_data_says_what_is_needed(tmp_path: Path, dataset: Path):
 
 
 # Nothing is changed in the clean pictures but where they are cut, and what is degraded is degraded once.
-AS_TAKEN = dataclasses.replace(DRAW, missing_share=0, gamma_range=0, dim_share=0, second_share=0)
+AS_TAKEN = dataclasses.replace(DRAW, missing_share=0, gamma_range=0, second_share=0)
 
 
 def test_a_batch_depends_on_its_number_alone(config: TrainConfig):
@@ -442,13 +443,18 @@ def test_a_checkpoint_from_before_an_option_was_trained_without_what_it_does(con
     Training(changed(config, balance=0), pairs_of(config)).run(path, stop_after=1)
     state = torch.load(path)
     bound = without(state["config"], "balance")
-    bound["draw"] = without(bound["draw"], "coded_share", "colour_share")
+    bound["draw"] = without(bound["draw"], "coded_share", "colour_share", "dim_share")
     torch.save(state | {"config": bound}, path)
     read_checkpoint(path, changed(config, balance=0))
-    as_it_comes = dataclasses.asdict(DRAW) | {"coded_share": 0.4, "colour_share": 0.5}
+    as_it_comes = dataclasses.asdict(DRAW) | {"coded_share": 0.4, "colour_share": 0.5, "dim_share": 0.3}
     with pytest.raises(EngineError) as error:
         read_checkpoint(path, changed(config, draw=as_it_comes))
-    named = "balance: 0 then, 0.5 now, draw.coded_share: 0 then, 0.4 now, draw.colour_share: 0 then, 0.5 now"
+    named = ", ".join(
+        f"{option} then, {now} now"
+        for option, now in {
+            "balance: 0": 0.5, "draw.coded_share: 0": 0.4, "draw.colour_share: 0": 0.5, "draw.dim_share: 0": 0.3,
+        }.items()
+    )  # fmt: skip
     assert f"({named})" in str(error.value)
     torch.save(state | {"config": bound | {"weights": without(bound["weights"], "tokens")}}, path)
     with pytest.raises(EngineError, match=r"\(weights\.tokens: None then, 10\.0 now\)"):
@@ -662,9 +668,24 @@ def test_training_exports_weights_that_load(config: TrainConfig):
     weights = train(config).weights
     network, _ = load("tiny", weights)
     assert not network.training
+    assert metadata_of(weights)["variant"] == "tiny"
+    assert metadata_of(weights)["iterations"] == "2+2+2+0"
+
+
+def test_weights_say_what_they_started_from(config: TrainConfig, tmp_path: Path):
+    earlier = train(config).weights
+    following = changed(config, start=str(earlier), output=str(tmp_path / "following"))
+    stopped = Training(following, pairs_of(config))
+    stopped.begin()
+    stopped.run(tmp_path / "following" / "tiny.checkpoint", stop_after=1)
+    later = train(changed(following, start=None), resume=True).weights
+    assert metadata_of(earlier).get("started_from") is None
+    assert metadata_of(later)["started_from"] == hashlib.sha256(earlier.read_bytes()).hexdigest()
+
+
+def metadata_of(weights: Path) -> dict[str, str]:
     with safe_open(weights, framework="pt") as file:
-        assert file.metadata()["variant"] == "tiny"
-        assert file.metadata()["iterations"] == "2+2+2+0"
+        return file.metadata()
 
 
 def test_a_finished_training_has_nothing_to_resume(config: TrainConfig):
@@ -1011,14 +1032,14 @@ def test_draws_stay_as_they_were_when_a_training_is_resumed_by_a_newer_version()
         for _ in range(5)
     ]
     batch = draw_batch(pairs, 8, DRAW, 29, 0)
-    assert batch.infrared_kind.tolist() == [4, 3, 0, 1, 0, 6, 0, 4]
-    assert batch.visible_kind.tolist() == [0, 3, 1, 0, 6, 3, 5, 0]
+    assert batch.infrared_kind.tolist() == [0, 0, 2, 3, 3, 2, 4, 2]
+    assert batch.visible_kind.tolist() == [4, 2, 4, 0, 0, 5, 7, 4]
 
 
 def test_colours_are_changed_in_the_clean_picture_and_its_light_is_kept():
     random = np.random.default_rng(0)
     pair = Pair(random.integers(0, 255, (100, 120), np.uint8), np.full((100, 120, 3), (90, 120, 60), np.uint8))
-    draw = dataclasses.replace(DRAW, clean_share=1.0, missing_share=0, colour_share=1.0, dim_share=0)
+    draw = dataclasses.replace(DRAW, clean_share=1.0, missing_share=0, colour_share=1.0)
     batch = draw_batch([pair], 64, draw, 3, 0)
     assert torch.equal(batch.region_visible, batch.clean_region_visible)
     spread = chroma(batch.clean_region_visible).abs().mean((1, 2, 3))

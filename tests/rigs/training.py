@@ -17,7 +17,7 @@ from engines.dspfusion import variants
 from engines.dspfusion.variants import VARIANTS
 from engines.training.data import Draw
 
-DRAW = Draw(region_px=64, crop_px=32, colour_share=0, camera_share=0, coded_share=0)
+DRAW = Draw(region_px=64, crop_px=32, colour_share=0, dim_share=0, camera_share=0, coded_share=0)
 TINY = dataclasses.replace(
     VARIANTS["nano"],
     name="tiny",
