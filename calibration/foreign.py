@@ -23,6 +23,7 @@ import numpy as np
 import yaml
 
 from calibration.rig import COEFFICIENTS, CalibrationError, CameraModel, Lens, Rig
+from calibration.strict_yaml import KeyTwice, load_yaml
 
 MAX_BYTES = 1 << 20
 _THERMAL = re.compile(
@@ -223,7 +224,9 @@ def _info_of(value: Any, folder: Path, name: str) -> dict[str, Any]:
     path = folder / value
     try:
         content = path.read_bytes() if path.stat().st_size <= MAX_BYTES else b""
-        document = yaml.safe_load(content.decode("utf-8"))
+        document = load_yaml(content.decode("utf-8"))
+    except KeyTwice as error:
+        raise CalibrationError(f"{name}: {value} {error}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError, ValueError):
         raise CalibrationError(f"{name}: {value} cannot be read as the camera_info file of a camera") from None
     if not isinstance(document, dict):

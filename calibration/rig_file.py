@@ -12,6 +12,7 @@ import yaml
 
 from calibration.foreign import folder_rig, foreign_rig, is_foreign
 from calibration.rig import COEFFICIENTS, CalibrationError, CameraModel, Lens, Rig
+from calibration.strict_yaml import KeyTwice, load_yaml
 from calibration.whole_file import write_text
 
 FORMAT = "dspfusion-calibration/1"
@@ -120,9 +121,11 @@ def _content(path: Path) -> bytes:
 
 def _yaml_mapping(content: bytes) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(content.decode("utf-8"))
+        document = load_yaml(content.decode("utf-8"))
     except UnicodeDecodeError:
-        raise CalibrationError("this is not a text file: give a calibration in YAML") from None
+        raise CalibrationError("this is not a text file in UTF-8: give a calibration in YAML") from None
+    except KeyTwice as error:
+        raise CalibrationError(str(error)) from None
     except yaml.MarkedYAMLError as error:
         line = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise CalibrationError(f"this is not YAML{line}: {error.problem}") from None

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from calibration.strict_yaml import KeyTwice, load_yaml
 from engines.base import EngineError
 from engines.sizes import range_of
 from pipeline.errors import ConfigError
@@ -22,6 +23,8 @@ READ_FILES = {  # section -> keys whose files are read, beside the recordings
     "publish": ("curve_secret_key_file", "authorized_keys_dir"),
 }
 ADDRESS_KEYS = {"stream": "url", "device": "path", "folder": "path"}  # kind of source -> the key that says which one
+VARIABLE = re.compile(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}")
+CUTS_CREDENTIALS = "the user or password has a / ? or #: write it as %2F %3F %23"
 
 
 def are_one_file(one: str | None, other: str | None) -> bool:
@@ -45,19 +48,31 @@ class StreamSource(Section):
     """Network video (rtsp, rtsps, udp, rtp) or a video file, read through PyAV."""
 
     kind: Literal["stream"] = "stream"
-    url: str  # rtsp://user:password@host/path, udp://..., or a file's path
+    url: str = Field(min_length=1)  # rtsp://user:password@host/path, udp://..., or a file's path
     transport: Literal["tcp", "udp"] = "tcp"  # of RTSP
     connect_timeout_s: float = Field(30.0, gt=0, le=300)
     read_timeout_s: float = Field(2.0, gt=0, le=60)
     loop: bool = False  # files only: start again at the end
     realtime: bool = True  # files only: hand frames out at the recorded rate; a rig needs that
 
+    @field_validator("url")
+    @classmethod
+    def _credentials_are_whole(cls, value: str) -> str:
+        # Such a character ends the host, and half of the password is taken for a port.
+        _, separator, address = value.partition("://")
+        host, *behind = re.split("[/?#]", address, maxsplit=1) if separator else [""]
+        _, colon, port = host.rpartition(":")
+        is_port = not colon or port.isdecimal() or host.endswith("]")  # ]: of an IPv6 address
+        if not is_port and "@" not in host and "@" in "".join(behind):
+            raise ValueError(CUTS_CREDENTIALS)
+        return value
+
 
 class DeviceSource(Section):
     """A V4L2 device."""
 
     kind: Literal["device"] = "device"
-    path: str = "/dev/video0"
+    path: str = Field("/dev/video0", min_length=1)
     pixel_format: str | None = None  # "gray16le" for Y16, "yuyv422", ...; None: the driver's own
     width: int | None = Field(None, ge=32, le=8192)
     height: int | None = Field(None, ge=32, le=8192)
@@ -68,7 +83,7 @@ class FolderSource(Section):
     """A folder of images, in name order."""
 
     kind: Literal["folder"] = "folder"
-    path: str
+    path: str = Field(min_length=1)
     rate_hz: float = Field(25.0, gt=0, le=1000)
     loop: bool = False
     realtime: bool = True
@@ -96,6 +111,9 @@ class SyntheticSource(Section):
 
 
 Source = Annotated[StreamSource | DeviceSource | FolderSource | SyntheticSource, Field(discriminator="kind")]
+KINDS = tuple(
+    str(source.model_fields["kind"].default) for source in (StreamSource, DeviceSource, FolderSource, SyntheticSource)
+)
 
 
 class CaptureConfig(Section):
@@ -306,19 +324,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a small YAML file holds.
 
     Raises:
-        ConfigError: missing, larger than 1 MiB, no YAML, or no mapping.
+        ConfigError: missing, larger than 1 MiB, no YAML, with a key that is there twice, or no mapping.
     """
     try:
         if path.exists() and not path.is_file():
             raise ConfigError(f"{path}: no file: give the rig's YAML file")
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise ConfigError(f"{path}: larger than 1 MiB, so this is no configuration: give the rig's YAML file")
-        values = yaml.safe_load(path.read_text())
+        values = load_yaml(_text_of(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}: check the path") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply, or into itself: correct that") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none, bytes that are no text
+    except KeyTwice as error:
+        raise ConfigError(f"{path} {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date that is none
         where = getattr(error, "problem_mark", None)
         line = f" line {where.line + 1}" if where else ""
         raise ConfigError(f"{path}{line}: not valid YAML: correct the syntax there") from None
@@ -327,32 +347,56 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _substitute(value: Any) -> Any:
+def _text_of(path: Path) -> str:
+    content = path.read_bytes()
+    wrong = content.find(b"\0")  # plain letters in UTF-16 are UTF-8 with zeros between them
+    if wrong < 0:
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            wrong = error.start
+    line = content.count(b"\n", 0, wrong) + 1
+    raise ConfigError(f"{path} line {line}: not UTF-8 text: save it as UTF-8")
+
+
+def _substitute(value: Any, where: str = "") -> Any:
     if isinstance(value, dict):
-        return {key: _substitute(item) for key, item in value.items()}
+        return {key: _substitute(item, f"{where}.{key}".lstrip(".")) for key, item in value.items()}
     if isinstance(value, list):
-        return [_substitute(item) for item in value]
+        return [_substitute(item, where) for item in value]
     if not isinstance(value, str):
         return value
+    if "${" in VARIABLE.sub("", value):
+        raise ConfigError(
+            f"{where}: ${{ begins the name of an environment variable: write ${{env:NAME}}, with letters, digits and _ "
+            "in its name"
+        )
 
     def look_up(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in os.environ:
             raise ConfigError(f"the configuration needs the environment variable {name}: set it before starting")
+        of_credentials = re.search("://[^/?#]*$", value[: match.start()]) and re.match("[^/?#]*@", value[match.end() :])
+        if of_credentials and re.search("[/?#]", os.environ[name]):
+            raise ConfigError(f"{where}: the environment variable {name}: {CUTS_CREDENTIALS}")
         return os.environ[name]
 
-    return re.sub(r"\$\{env:([A-Za-z_][A-Za-z0-9_]*)\}", look_up, value)
+    return VARIABLE.sub(look_up, value)
 
 
 def first_problem(error: ValidationError) -> str:
     """One line for the first thing that is wrong, with the key's path; never repeats a value (it may be secret)."""
     problems = error.errors(include_input=False, include_url=False)
     # The discriminator's tag is part of pydantic's path but not of the file's.
-    tags = {"stream", "device", "folder", "synthetic"}
-    where = ".".join(str(part) for part in problems[0]["loc"] if part not in tags) or "the configuration"
+    where = ".".join(str(part) for part in problems[0]["loc"] if part not in KINDS) or "the configuration"
     message = problems[0]["msg"].removeprefix("Value error, ")
-    if problems[0]["type"] == "extra_forbidden":
-        message = "unknown key: remove it, or see `dspfusion config schema` for the keys there are"
+    match problems[0]["type"]:
+        case "extra_forbidden":
+            message = "unknown key: remove it, or see `dspfusion config schema` for the keys there are"
+        case "union_tag_not_found" | "union_tag_invalid":
+            message = f"write kind: {', '.join(KINDS[:-1])} or {KINDS[-1]}"
+        case "string_too_short":
+            message = "nothing is written there: give one"
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     return f"{where}: {message}{more}"
 

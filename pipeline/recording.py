@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -18,7 +19,7 @@ from av.video.stream import VideoStream
 from calibration.rig import Rig
 from calibration.rig_file import load_rig
 from engines.arrays import MINIMUM_PX
-from pipeline.config import FolderSource, RigConfig, StreamSource
+from pipeline.config import READ_FILES, FolderSource, RigConfig, StreamSource
 from pipeline.config import Source as AnySource
 from pipeline.errors import ConfigError, SourceError
 from pipeline.sources.folder import SUFFIXES, image_files, read_image
@@ -29,6 +30,7 @@ COLOUR_LEVELS = 3.0  # chroma of a picture in colour: real visible cameras 3.5 t
 GREY_LEVELS = 1.0  # and of one in grey: 0 to 0.5, also compressed
 PALETTE_SHARE = 0.1  # of the chroma that brightness does not explain: palettes up to 0.09, real scenes from 0.11
 SCENE_SHARE = 0.2
+ASPECT_RATIO = 1.1  # of two pictures' shapes: 640x512 beside 640x480 has 1.07
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,9 @@ def refuse_unless_there(path: Path) -> None:
 
 
 def inputs_of(config: RigConfig) -> list[str]:
-    """The files and folders that a rig reads: recordings and calibration."""
-    paths = [config.registration.calibration, path_of(config.infrared), path_of(config.visible)]
-    return [path for path in paths if path]
+    """The files and folders that a rig reads: recordings, calibration, weights and keys."""
+    named = [getattr(getattr(config, section), key) for section, keys in READ_FILES.items() for key in keys]
+    return [path for path in (*named, path_of(config.infrared), path_of(config.visible)) if path]
 
 
 def path_of(section: AnySource) -> str | None:
@@ -106,15 +108,16 @@ def check_recordings(config: RigConfig) -> list[str]:
 
     Raises:
         SourceError: one that cannot be read, or two that cannot belong together as they are given.
-        ConfigError, CalibrationError: a calibration for another resolution, or that cannot be read.
+        ConfigError, CalibrationError: a source of another kind than its path, or a calibration that is for another
+            resolution, or cannot be read.
     """
-    sections = (config.infrared, config.visible)
-    infos = [
-        replace(probe(path), rate_hz=section.rate_hz) if isinstance(section, FolderSource) else probe(path)
-        for section in sections
-        if (path := path_of(section)) is not None
-    ]
-    for info in infos:
+    infos = []
+    for camera, section in (("infrared", config.infrared), ("visible", config.visible)):
+        if (path := path_of(section)) is None:
+            continue
+        _refuse_other_kind(camera, section, path)
+        info = probe(path)
+        infos.append(replace(info, rate_hz=section.rate_hz) if isinstance(section, FolderSource) else info)
         _refuse_empty(info)
     if len(infos) < 2:
         return []
@@ -123,7 +126,14 @@ def check_recordings(config: RigConfig) -> list[str]:
     refuse_unlikely(*infos)
     if config.registration.calibration:
         refuse_other_size(load_rig(config.registration.calibration), *infos)
-    return doubts(*infos)
+    return doubts(*infos, calibrated=config.registration.calibration is not None)
+
+
+def _refuse_other_kind(camera: str, section: AnySource, path: str) -> None:
+    if isinstance(section, FolderSource) and os.path.isfile(path):
+        raise ConfigError(f"{camera}: {path} is a file: write kind: stream, and url: in place of path:")
+    if not isinstance(section, FolderSource) and os.path.isdir(path):
+        raise ConfigError(f"{camera}: {path} is a folder: write kind: folder, and path: in place of url:")
 
 
 def refuse_other_size(rig: Rig | None, infrared: RecordingInfo, visible: RecordingInfo) -> None:
@@ -188,7 +198,9 @@ def look_swapped(infrared: Colour, visible: Colour) -> bool:
 
 
 def refuse_swapped(infrared: Path, infrared_colour: Colour, visible: Path, visible_colour: Colour) -> None:
-    """Raises SourceError for two recordings or pictures that `look_swapped`."""
+    """Raises SourceError for two recordings or pictures that are one and the same, or `look_swapped`."""
+    if _is_same(infrared, visible):
+        raise SourceError(f"infrared and visible are the same, {visible}: give each camera its own")
     if look_swapped(infrared_colour, visible_colour):
         other = "in false colours" if visible_colour.is_palette else "grey"
         raise SourceError(
@@ -197,14 +209,27 @@ def refuse_swapped(infrared: Path, infrared_colour: Colour, visible: Path, visib
         )
 
 
-def doubts(infrared: RecordingInfo, visible: RecordingInfo) -> list[str]:
-    """What is strange about two recordings, and may be right: one line each, for the report."""
+def doubts(infrared: RecordingInfo, visible: RecordingInfo, *, calibrated: bool = True) -> list[str]:
+    """What is strange about two recordings, and may be right: one line each, for the report.
+
+    Args:
+        infrared, visible: their outlines.
+        calibrated: whether a calibration brings the infrared pictures into the visible ones; else they are resized.
+    """
+    lines = []
     if infrared.colour.levels > COLOUR_LEVELS:
-        return [
+        lines.append(
             f"the infrared recording {infrared.path.name} is in colour, of which only the brightness is used: "
             "if it shows temperature by a palette, record it in grey; if it is the visible one, give it second"
-        ]
-    return []
+        )
+    if not calibrated and infrared.size and visible.size:
+        (width, height), (wide, high) = infrared.size, visible.size
+        if max(width * high, wide * height) > ASPECT_RATIO * min(width * high, wide * height):
+            lines.append(
+                f"the infrared recording {infrared.path.name} of {width}x{height} is stretched to the shape of the "
+                f"visible one, {wide}x{high}: calibrate the cameras, or turn or cut the pictures"
+            )
+    return lines
 
 
 def refuse_unlikely(infrared: RecordingInfo, visible: RecordingInfo) -> None:
@@ -229,9 +254,15 @@ def refuse_unlikely(infrared: RecordingInfo, visible: RecordingInfo) -> None:
 def _refuse_empty(info: RecordingInfo) -> None:
     if info.frames == 0:
         raise SourceError(f"{info.path} has no frames: give a recording with at least one picture")
-    if info.size is not None and min(info.size) < MINIMUM_PX:
-        width, height = info.size
-        raise SourceError(f"{info.path} is {width}x{height}: give pictures of at least {MINIMUM_PX} pixels a side")
+    if info.size is not None:
+        refuse_small(info.path, info.size)
+
+
+def refuse_small(path: Path, size: tuple[int, int]) -> None:
+    """Raises SourceError for pictures of a (width, height) that the network cannot take."""
+    width, height = size
+    if min(size) < MINIMUM_PX:
+        raise SourceError(f"{path} is {width}x{height}: give pictures of at least {MINIMUM_PX} pixels a side")
 
 
 def _refuse_unmatched(infrared: RecordingInfo, visible: RecordingInfo) -> None:
@@ -248,7 +279,11 @@ def _refuse_unmatched(infrared: RecordingInfo, visible: RecordingInfo) -> None:
 
 
 def _probe_folder(path: Path) -> RecordingInfo:
-    images = image_files(path, none_allowed=True)
+    return outline_of(path, image_files(path, none_allowed=True))
+
+
+def outline_of(path: Path, images: Sequence[Path]) -> RecordingInfo:
+    """The outline of some image files, of which a few are read; `path` names them all."""
     looked_at = sorted({round(share * (len(images) - 1)) for share in np.linspace(0, 1, LOOKS)}) if images else []
     pictures = [read_image(images[index], "visible") for index in looked_at]
     names = tuple(image.stem for image in images)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,20 @@ from pipeline.errors import ConfigError, SourceError
 from pipeline.frame import Frame, FramePair
 from pipeline.fuse import Fuse
 from pipeline.gain import InfraredGain
-from pipeline.recording import colour_of, refuse_swapped, refuse_unless_there
+from pipeline.recording import (
+    RecordingInfo,
+    colour_of,
+    doubts,
+    outline_of,
+    refuse_small,
+    refuse_swapped,
+    refuse_unless_there,
+    refuse_unlikely,
+)
 from pipeline.register import Register
 from pipeline.sources.folder import SUFFIXES, image_files, read_image
+
+log = logging.getLogger("dspfusion.still")
 
 
 def list_pairs(infrared: Path, visible: Path, output: Path) -> list[tuple[Path, Path, Path]]:
@@ -58,11 +70,12 @@ def read_pair(infrared: Path, visible: Path) -> FramePair:
     """One pair of images; 16-bit infrared stays 16-bit.
 
     Raises:
-        SourceError: unreadable, or swapped.
+        SourceError: unreadable, too small, swapped, or one and the same.
     """
-    colour = read_image(visible, "visible")
+    thermal, colour = read_image(infrared, "infrared"), read_image(visible, "visible")
+    for path, picture in ((infrared, thermal), (visible, colour)):
+        refuse_small(path, (picture.shape[1], picture.shape[0]))
     refuse_swapped(infrared, colour_of(read_image(infrared, "visible")), visible, colour_of(colour))
-    thermal = read_image(infrared, "infrared")
     bits = 8 if thermal.dtype == np.uint8 else 16
     return FramePair(
         Frame("infrared", thermal, 0, 0, clock="file", bits=bits), Frame("visible", colour, 0, 0, clock="file"), "fused"
@@ -74,13 +87,31 @@ def fuse_stills(
     pairs: list[tuple[Path, Path, Path]],
     calibration: str | None = None,
     on_done: Callable[[Path], None] | None = None,
+    on_doubt: Callable[[str], None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Fuses each pair by itself and writes a picture for each, whole or not at all. Returns one row a pair."""
+    """Fuses each pair by itself and writes a picture for each, whole or not at all. Returns one row a pair.
+
+    Args:
+        engine: serves.
+        pairs: from `list_pairs`.
+        calibration: a calibration file; None: the infrared pictures are resized.
+        on_done: told of each fused picture.
+        on_doubt: told what is strange about the pictures, as `replay` reports it of recordings; it is logged as well.
+
+    Raises:
+        DspfusionError, EngineError, CalibrationError: a pair that cannot be fused; those before it have been.
+    """
     for infrared, visible, output in pairs:
         if output.suffix.lower() not in SUFFIXES:
             raise ConfigError(f"{output.name}: a picture ends in .png, .jpg, .tif, .bmp or .webp: choose one of them")
         if output.resolve() in (infrared.resolve(), visible.resolve()):
             raise ConfigError(f"{output} is an input: choose another place for the fused picture")
+    infos = [_outline([files[camera] for files in pairs]) for camera in (0, 1)]
+    refuse_unlikely(*infos)
+    for line in doubts(*infos, calibrated=calibration is not None):
+        log.warning(line)
+        if on_doubt is not None:
+            on_doubt(line)
     rows = []
     for infrared, visible, output in pairs:
         # Stills have no past: gain and priors start anew with each of them.
@@ -101,6 +132,10 @@ def fuse_stills(
         if on_done is not None:
             on_done(output)
     return rows
+
+
+def _outline(files: list[Path]) -> RecordingInfo:
+    return outline_of(files[0] if len(files) == 1 else files[0].parent, files)
 
 
 def _write(path: Path, image: np.ndarray) -> None:

@@ -109,6 +109,16 @@ def test_two_camera_info_with_their_pose_are_a_calibration(tmp_path):
     assert same(load_rig(write(tmp_path / "pair.yaml", document)))
 
 
+def test_a_key_that_a_camera_info_says_twice_is_told_with_file_and_line(tmp_path):
+    lines = write(tmp_path / "left.yaml", camera_info(TRUTH.visible, "rgb")).read_text().splitlines(keepends=True)
+    (tmp_path / "left.yaml").write_text("".join([*lines, "image_width: 320\n"]))
+    document = {"visible": "left.yaml", "thermal": camera_info(TRUTH.infrared, "thermal")}
+    with pytest.raises(
+        CalibrationError, match=rf"left\.yaml line {len(lines) + 1}: the key image_width is there twice"
+    ):
+        load_rig(write(tmp_path / "pair.yaml", document))
+
+
 def test_a_folder_with_the_camera_info_of_a_stereo_pair_is_a_calibration(tmp_path):
     rotation, shift = TRUTH.infrared_from_visible[:3, :3], TRUTH.infrared_from_visible[:3, 3]
     left, right, left_projection, right_projection, *_ = cv2.stereoRectify(

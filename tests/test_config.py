@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from calibration.strict_yaml import load_yaml
 from pipeline.config import EngineConfig, RigConfig, StreamSource, load_config
 from pipeline.errors import ConfigError
 
@@ -144,6 +145,114 @@ def test_a_viewer_for_other_machines_is_served_only_where_that_is_said(tmp_path:
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.9", "::1", "localhost"])
 def test_a_viewer_for_this_machine_needs_no_permission(tmp_path: Path, host: str):
     assert load_config(written(tmp_path, SYNTHETIC + f"viewer: {{enabled: true, host: '{host}'}}\n")).viewer.enabled
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (SYNTHETIC + "sync: {max_skew_ms: 5}\nsteady: {}\nsync: {hold_ms: 1}\n", "line 5: the key sync is there twice"),
+        (SYNTHETIC + "sync:\n  hold_ms: 1\n  hold_ms: 2\n", "line 5: the key hold_ms is there twice"),
+        (SYNTHETIC + "sync: {hold_ms: 1, 'hold_ms': 2}\n", "line 3: the key hold_ms is there twice"),
+    ],
+)
+def test_a_key_that_is_there_twice_is_refused_with_its_line(tmp_path: Path, text: str, complaint: str):
+    with pytest.raises(ConfigError, match=f"rig.yaml {complaint}: keep one"):
+        load_config(written(tmp_path, text))
+
+
+def test_sections_may_be_merged_and_what_they_say_themselves_counts(tmp_path: Path):
+    text = (
+        "infrared: &night {kind: synthetic, scene: night, seed: 3, width: 64}\n"
+        "visible: {<<: *night, width: 128}\n"
+        "steady: &half {share: 0.5}\n"
+    )
+    config = load_config(written(tmp_path, text))
+    assert (config.infrared.seed, config.infrared.width) == (3, 64)  # type: ignore[union-attr]
+    assert (config.visible.seed, config.visible.width) == (3, 128)  # type: ignore[union-attr]
+
+
+def test_a_mapping_may_be_merged_that_merges_another_one_itself():
+    text = "a:\n  b: {c: &small {<<: &tiny {x: 1, y: 1}, x: 2}}\nd: {<<: [*small, *tiny], x: 3}\n"
+    assert load_yaml(text) == {"a": {"b": {"c": {"x": 2, "y": 1}}}, "d": {"x": 3, "y": 1}}
+
+
+@pytest.mark.parametrize(("encoding", "line"), [("latin-1", 3), ("utf-16", 1), ("utf-16-le", 1)])
+def test_a_file_in_another_encoding_is_told_so(tmp_path: Path, encoding: str, line: int):
+    path = tmp_path / "rig.yaml"
+    path.write_bytes((SYNTHETIC + "# für die Kamera\n").encode(encoding))
+    with pytest.raises(ConfigError, match=f"rig.yaml line {line}: not UTF-8 text: save it as UTF-8"):
+        load_config(path)
+
+
+def test_the_mark_that_some_editors_begin_utf_8_with_is_no_fault(tmp_path: Path):
+    path = tmp_path / "rig.yaml"
+    path.write_bytes((SYNTHETIC + "# für die Kamera\n").encode("utf-8-sig"))
+    assert load_config(path).infrared.kind == "synthetic"
+
+
+CUT = "the user or password has a / ? or #: write it as %2F %3F %23"
+
+
+@pytest.mark.parametrize("password", ["can/ary", "1/canary", "canary?", "#canary"])
+@pytest.mark.parametrize("user", ["admin", "${env:IR_PW}"])
+def test_a_password_that_would_end_the_host_is_refused_and_never_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, password: str, user: str
+):
+    monkeypatch.setenv("IR_PW", password)
+    text = f"infrared: {{kind: stream, url: 'rtsp://{user}:${{env:IR_PW}}@host:554/x'}}\nvisible: {{kind: synthetic}}\n"
+    with pytest.raises(ConfigError) as raised:
+        load_config(written(tmp_path, text))
+    assert str(raised.value) == f"infrared.url: the environment variable IR_PW: {CUT}"
+
+
+@pytest.mark.parametrize(
+    "url", ["rtsp://admin:can/ary@host/x", "rtsps://admin:can?ary@host", "rtsp://a:canary#1@[::1]/x"]
+)
+def test_a_password_in_the_file_that_would_end_the_host_is_refused_and_never_shown(tmp_path: Path, url: str):
+    with pytest.raises(ConfigError) as raised:
+        load_config(written(tmp_path, f"infrared: {{kind: stream, url: '{url}'}}\nvisible: {{kind: synthetic}}\n"))
+    assert str(raised.value) == f"rig.yaml: infrared.url: {CUT}"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "rtsp://admin:a%2Fb@host/x",
+        "rtsp://admin:p@ss@host/x",
+        "rtsp://${env:IR_PW}:x@host/x",
+        "rtsp://host:554/user=admin&password=${env:PATH_PW}@1",
+        "rtsp://[::1]:554/camera@1",
+        "rtsp://[::1]/camera@1",
+        "udp://@239.0.0.1:5000?fifo=1",
+        "recordings/camera:1/a@b.mkv",
+    ],
+)
+def test_addresses_with_an_at_sign_elsewhere_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, url: str):
+    monkeypatch.setenv("IR_PW", "a${b}")
+    monkeypatch.setenv("PATH_PW", "a/b")
+    text = f"infrared: {{kind: stream, url: '{url}'}}\nvisible: {{kind: synthetic}}\n"
+    assert isinstance(load_config(written(tmp_path, text)).infrared, StreamSource)
+
+
+@pytest.mark.parametrize("value", ["${env:IR-PW}", "${NOPE}", "${env:}", "rtsp://u:${env:OK}${env:1}@h/x", "${env:OK"])
+def test_what_looks_like_a_variable_and_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str):
+    monkeypatch.setenv("OK", "canary")
+    text = f"infrared: {{kind: stream, url: '{value}'}}\nvisible: {{kind: synthetic}}\n"
+    with pytest.raises(ConfigError, match=r"infrared\.url: .* write \$\{env:NAME\}") as raised:
+        load_config(written(tmp_path, text))
+    assert "canary" not in str(raised.value)
+
+
+@pytest.mark.parametrize("source", ["{url: ir.mkv}", "{kind: rtsp, url: x}"])
+def test_a_source_without_its_kind_is_told_which_there_are(tmp_path: Path, source: str):
+    with pytest.raises(ConfigError, match="infrared: write kind: stream, device, folder or synthetic"):
+        load_config(written(tmp_path, f"infrared: {source}\nvisible: {{kind: synthetic}}\n"))
+
+
+@pytest.mark.parametrize("source", ["{kind: stream, url: ''}", "{kind: folder, path: ''}", "{kind: device, path: ''}"])
+def test_an_empty_address_does_not_become_the_folder_of_the_configuration(tmp_path: Path, source: str):
+    with pytest.raises(ConfigError, match=r"infrared\.(url|path): nothing is written there: give one"):
+        load_config(written(tmp_path, f"infrared: {source}\nvisible: {{kind: synthetic}}\n"))
 
 
 def test_a_device_is_no_configuration():

@@ -322,8 +322,8 @@ def test_swapped_recordings_are_told_apart_by_several_pictures_not_by_the_first(
 
 
 def test_two_grey_recordings_are_taken_as_they_are_given(tmp_path: Path):
-    grey = str(grey_in_three_channels(tmp_path))
-    assert replay(ReplayConfig(infrared=grey, visible=grey), engine=MaximumEngine())["fallbacks"] == []
+    infrared, visible = (str(grey_in_three_channels(tmp_path / name)) for name in ("ir", "vis"))
+    assert replay(ReplayConfig(infrared=infrared, visible=visible), engine=MaximumEngine())["fallbacks"] == []
 
 
 @pytest.mark.realdata

@@ -401,6 +401,7 @@ def test_a_wrong_file_gets_one_line_with_its_name_and_the_key(tmp_path, changes,
         (b"\xff\xd8\xff\xe0 a photograph", "not a text file"),
         (b"!!python/object/apply:os.system ['true']", "not YAML"),
         (b"[" * 20000, "not YAML"),
+        (b"format: a\ncameras: {}\nformat: b\n", "other.yaml: line 3: the key format is there twice: keep one"),
         (b"format: " + b"x" * (1 << 20), "larger"),
     ],
 )

@@ -287,6 +287,70 @@ def test_a_damaged_middle_does_not_end_a_recording(tmp_path):
     assert stamps == sorted(set(stamps))
 
 
+def moving_noise(count: int) -> list[np.ndarray]:
+    """Pictures of 160x128 of which each differs from the one before in place and in noise."""
+    random = np.random.default_rng(0)
+    wide = cv2.GaussianBlur(random.integers(0, 255, (128, 160 + 5 * count, 3), np.uint8), (0, 0), 2)
+    return [
+        np.uint8(np.clip(wide[:, 5 * k : 5 * k + 160] + random.normal(0, 12, (128, 160, 1)), 0, 255))
+        for k in range(count)
+    ]
+
+
+def packets_of(path: Path) -> list[bytes]:
+    with av.open(str(path)) as container:
+        return [bytes(packet) for packet in container.demux(video=0) if packet.size]
+
+
+def one_slice_a_picture(path: Path) -> Path:
+    """30 pictures, of which every tenth is a keyframe, and the others build on the one before."""
+    options = {"g": "10", "bf": "0", "sc_threshold": "0", "x264-params": "slices=1:sliced-threads=0"}
+    return write_video(path, moving_noise(30), "libx264", "yuv420p", "rgb24", options=options)
+
+
+@pytest.mark.parametrize("name", ["v.mkv", "v.mp4"])
+def test_pictures_from_a_damaged_one_to_the_next_keyframe_are_flagged_counted_and_told_once(tmp_path, caplog, name):
+    path = one_slice_a_picture(tmp_path / name)
+    whole = read_all(recording(path, "visible"))
+    packet, data = packets_of(path)[13], bytearray(path.read_bytes())
+    begin, half = data.index(packet) + len(packet) // 4, len(packet) // 2
+    data[begin : begin + half] = np.random.default_rng(0).bytes(half)
+    path.write_bytes(data)
+    source = recording(path, "visible")
+    frames = read_all(source)
+    differ = [k for k, (one, other) in enumerate(zip(whole, frames, strict=True)) if (one.image != other.image).any()]
+    assert [frame.index for frame in frames if frame.suspect] == differ == list(range(13, 20))
+    assert source.unreadable == 0
+    assert source.fault == (
+        f"the visible recording {path} is damaged: "
+        "7 of its frames are damaged or build on damaged ones, and are used as decoded"
+    )
+    assert [record.getMessage() for record in caplog.records] == [source.fault]
+
+
+def test_one_recording_may_have_lost_and_damaged_pictures(tmp_path):
+    path = one_slice_a_picture(tmp_path / "v.mp4")
+    packet = packets_of(path)[14]
+    path.write_bytes(path.read_bytes().replace(packet, b"\xff" * len(packet)))
+    source = recording(path, "visible")
+    assert [frame.index for frame in read_all(source) if frame.suspect] == [15, 16, 17, 18, 19]
+    assert source.fault.endswith(
+        "is damaged: 1 of its frames could not be read, the others are used; "
+        "5 of its frames are damaged or build on damaged ones, and are used as decoded"
+    )
+
+
+@pytest.mark.parametrize("name", ["v.mkv", "v.mp4", "v.ts"])
+@pytest.mark.parametrize("params", ["bframes=3", "bframes=3:open-gop=1", "intra-refresh=1"])
+def test_a_whole_recording_has_no_damaged_picture_whatever_its_order_and_keyframes(tmp_path, caplog, name, params):
+    options = {"g": "10", "x264-params": params}
+    path = write_video(tmp_path / name, moving_noise(30), "libx264", "yuv420p", "rgb24", options=options)
+    source = recording(path, "visible")
+    assert not any(frame.suspect for frame in read_all(source))
+    assert source.fault is None
+    assert not caplog.records
+
+
 # What a user may get wrong
 
 
@@ -678,6 +742,7 @@ def test_a_recording_that_was_cut_off_is_read_as_far_as_it_goes_and_what_is_lost
                 assert frames + source.unreadable == 40, (name, share)
             assert f"{source.unreadable} of its frames could not be read" in source.fault
             assert f"cut_{name} is cut off" in source.fault
+            assert "damaged" not in source.fault
             assert [record.getMessage() for record in caplog.records] == [source.fault]
 
 

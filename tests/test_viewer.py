@@ -233,8 +233,16 @@ def test_a_port_in_use_is_one_clear_line():
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        with pytest.raises(ViewerError, match=rf"127\.0\.0\.1:{port}.*choose another"):
+        with pytest.raises(ViewerError, match=rf"127\.0\.0\.1:{port}.*choose another viewer\.port"):
             Viewer("tcp://127.0.0.1:5560", port=port).start()
+
+
+@pytest.mark.parametrize("host", ["300.1.1.1", "192.0.2.7", "x" * 70 + ".local"])
+def test_a_host_that_is_not_this_machine_is_one_line_that_does_not_blame_the_port(host: str):
+    with pytest.raises(ViewerError, match=r"viewer\.host.*address") as raised:
+        Viewer("tcp://127.0.0.1:5560", host=host, port=0).start()
+    assert "viewer.port" not in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_it_stops_quickly_with_a_page_connected_and_can_be_run_for_a_while():

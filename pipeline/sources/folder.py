@@ -65,19 +65,23 @@ def read_image(file: Path, camera: Camera) -> np.ndarray:
         data = np.fromfile(file, dtype=np.uint8)
     except OSError as error:
         raise SourceError(f"{file} cannot be read: {error.strerror or 'unknown reason'}") from None
-    visible = camera == "visible"
-    flags = cv2.IMREAD_COLOR_RGB if visible else cv2.IMREAD_ANYDEPTH | cv2.IMREAD_GRAYSCALE
-    try:
-        image = cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
-    except cv2.error:
-        image = None  # beyond OPENCV_IO_MAX_IMAGE_PIXELS, or a header that makes no sense
+    samples = cv2.IMREAD_ANYDEPTH | cv2.IMREAD_GRAYSCALE
+    image = _decoded(data, cv2.IMREAD_COLOR_RGB if camera == "visible" else samples)
+    found = _decoded(data, samples) if image is None else image  # no colours can be made of floats
+    if found is not None and found.dtype not in (np.uint8, np.uint16):
+        raise SourceError(f"{file} has samples of {found.dtype}: save it with 8 or 16 bits a sample")
     if image is None:
         raise SourceError(f"{file} cannot be decoded: it is damaged, no image, or larger than {MAX_PIXELS} pixels")
-    if image.dtype not in (np.uint8, np.uint16):
-        raise SourceError(f"{file} has samples of {image.dtype}: save it with 8 or 16 bits a sample")
     if image.shape[0] * image.shape[1] > MAX_PIXELS:
         raise SourceError(f"{file} has {image.size} samples, more than {MAX_PIXELS} pixels: make it smaller")
     return np.asarray(image)
+
+
+def _decoded(data: np.ndarray, flags: int) -> np.ndarray | None:
+    try:
+        return cv2.imdecode(data, flags | cv2.IMREAD_IGNORE_ORIENTATION) if data.size else None
+    except cv2.error:
+        return None  # beyond OPENCV_IO_MAX_IMAGE_PIXELS, or a header that makes no sense
 
 
 class ImageFolder:

@@ -99,9 +99,14 @@ class StreamCamera(OpenedOnce):
     def _told_losses(self) -> str | None:
         if not self._losses.found:
             return None
-        what = "is cut off" if self._losses.cut_off else "is damaged"
-        lost = f"{self._losses.frames} of its frames" if self._losses.frames else "its end"
-        return f"the {self.camera} recording {self._name} {what}: {lost} could not be read, the others are used"
+        losses, told = self._losses, []
+        if losses.frames or losses.cut_off:
+            lost = f"{losses.frames} of its frames" if losses.frames else "its end"
+            told.append(f"{lost} could not be read, the others are used")
+        if losses.damaged:
+            told.append(f"{losses.damaged} of its frames are damaged or build on damaged ones, and are used as decoded")
+        what = "is cut off" if losses.cut_off else "is damaged"
+        return f"the {self.camera} recording {self._name} {what}: {'; '.join(told)}"
 
     def open(self) -> None:
         self._closing.clear()
@@ -412,15 +417,16 @@ class _LiveReader:
 
 @dataclass
 class _Losses:
-    """What of a recording could not be read."""
+    """What of a recording could not be read, or not be read right."""
 
     frames: int = 0  # where the end is missing, as many as its announced duration holds
+    damaged: int = 0  # that are handed out nevertheless
     cut_off: bool = False
     complete: bool = False  # something is lost, and the end was reached, so that it can be told
 
     @property
     def found(self) -> bool:
-        return bool(self.frames) or self.cut_off
+        return bool(self.frames or self.damaged) or self.cut_off
 
 
 class _FileReader:
@@ -453,7 +459,7 @@ class _FileReader:
         self._first_pts: int | None = None
         self._pictures = self._decode()
         self._undecodable = 0
-        self._lost = 0  # on this run through the file
+        self._lost = self._damaged = 0  # on this run through the file
         self._decoded = 0
         self._end_pts: int | None = None  # of the last picture
         self._broken_off = False
@@ -478,7 +484,7 @@ class _FileReader:
             clock=clock,
             arrived_ns=time.monotonic_ns(),
             bits=bits,
-            suspect=self._suspect or picture.is_corrupt,
+            suspect=self._suspect,
         )
 
     def close(self) -> None:
@@ -516,7 +522,10 @@ class _FileReader:
             for picture in pictures:
                 if picture.key_frame:
                     self._suspect = False
+                if picture.is_corrupt:
+                    self._suspect = True  # and so are the pictures up to the next keyframe, which build on it
                 self._decoded += 1
+                self._damaged += self._suspect
                 self._end_pts = picture.pts
                 yield picture
 
@@ -544,6 +553,7 @@ class _FileReader:
             cut_off = True
         lost = max(self._lost, self._missing_at_the_end() if cut_off else 0)
         self._losses.frames = max(self._losses.frames, lost)  # a recording that loops loses the same ones each time
+        self._losses.damaged = max(self._losses.damaged, self._damaged)
         self._losses.cut_off |= cut_off
         self._losses.complete = self._losses.found
 

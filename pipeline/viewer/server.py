@@ -8,6 +8,7 @@ So a slow line shows fewer pictures, not older ones, and costs the server no mem
 from __future__ import annotations
 
 import asyncio
+import errno
 import ipaddress
 import json
 import logging
@@ -227,13 +228,15 @@ class Viewer:
         site = web.TCPSite(runner, self.host, self.port)
         try:
             await site.start()
+        except UnicodeError:
+            raise ViewerError(f"viewer.host {self.host} is no address: choose one of this machine") from None
         except OSError as error:
             # asyncio's own text repeats the address.
             reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
-            raise ViewerError(
-                f"cannot serve the viewer on {self.host}:{self.port}: {reason}: "
-                "choose another viewer.port, or stop what uses this one"
-            ) from None
+            mend = "choose another viewer.host: an address of this machine"
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                mend = "choose another viewer.port, or stop what uses this one"
+            raise ViewerError(f"cannot serve the viewer on {self.host}:{self.port}: {reason}: {mend}") from None
         self.port = int(runner.addresses[0][1])
 
     def _application(self) -> web.Application:
