@@ -150,31 +150,46 @@ def run(
 ) -> None:
     """Run a live rig until Ctrl-C (or SIGTERM), then write its report and end with status 0.
 
+    A video and a report that an earlier run left in their places are kept as NAME.previous.*.
+
     A signal that comes before the network is ready ends it with status 130 (SIGTERM: 143) and no report; a second one
     ends it at once.
     """
     from pipeline.config import load_config
 
     positive("--duration", duration)
-    run_rig(load_config(config), duration, report)
+    run_rig(load_config(config), duration, report, config)
 
 
-def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str, Any]:
-    """Runs a rig with its viewer, shows how it goes, and writes the report."""
+def run_rig(
+    config: Any, duration: float | None, report: str | None, file: Path | None = None, keep_earlier: bool = True
+) -> dict[str, Any]:
+    """Runs a rig with its viewer, shows how it goes, and writes the report.
+
+    Args:
+        config: the rig.
+        duration: seconds; None: until it is stopped.
+        report: where to write it, besides the place that the configuration names.
+        file: that the configuration was read from.
+        keep_earlier: the video and the report of an earlier run are kept under other names, not replaced.
+    """
     with stopping_on_signals() as stopping:
         from engines.base import EngineError
+        from pipeline.config import are_one_file
         from pipeline.live import LivePipeline
         from pipeline.process import carry_frames
-        from pipeline.recording import check_recordings, inputs_of, refuse_overwriting
-        from pipeline.telemetry import check_report_target, write_report
+        from pipeline.recording import check_recordings
+        from pipeline.telemetry import write_report
 
         carry_frames()
-        for target in (report, config.output.report):
-            check_report_target(target)
-            refuse_overwriting(target, *inputs_of(config))
-            refuse_one_file(config.output.video, target)
+        reports = [target for target in (report, config.output.report) if target]
+        if are_one_file(report, config.output.report):
+            reports.pop()
+        check_outputs(config, file, *reports)
         doubts = check_recordings(config)
         pipeline = LivePipeline(config)
+        if config.output.video and not keep_earlier:
+            Path(config.output.video).unlink(missing_ok=True)  # a live pipeline would keep it
         for line in doubts:
             pipeline.telemetry.fallback(line)
         with viewer_of(config, pipeline) as address:
@@ -191,9 +206,8 @@ def run_rig(config: Any, duration: float | None, report: str | None) -> dict[str
                 failure = error  # what was done until then is worth its report
             result = pipeline.report()
         summarize(result)
-        for target in (report, config.output.report):
-            if target:
-                write_report(result, target)
+        for target in reports:
+            write_report(result, target, keep_earlier)
         if failure is not None:
             raise failure
     return result
@@ -259,15 +273,12 @@ def replay(
     with stopping_on_signals() as stopping:
         from pipeline.config import PublishConfig
         from pipeline.process import carry_frames
-        from pipeline.recording import refuse_overwriting
         from pipeline.replay import ReplayConfig
         from pipeline.replay import replay as replay_recordings
-        from pipeline.telemetry import check_report_target, write_report
+        from pipeline.telemetry import check_targets, write_report
 
         carry_frames()
-        check_report_target(report)
-        refuse_overwriting(report, *(path for path in (infrared, visible, calibration) if path))
-        refuse_one_file(output, report)
+        check_targets(report, inputs=(infrared, visible, calibration), others=(output,))
         config = ReplayConfig(
             infrared=infrared,
             visible=visible,
@@ -317,10 +328,10 @@ def fuse(
     from engines.base import fallbacks_of
     from pipeline.live import describe_engine, engine_for
     from pipeline.still import fuse_stills, list_pairs
-    from pipeline.telemetry import check_report_target, write_report
+    from pipeline.telemetry import check_targets, write_report
 
-    check_report_target(as_json)
     pairs = list_pairs(infrared, visible, output)
+    check_targets(as_json, inputs=(infrared, visible, calibration), others=[fused for _, _, fused in pairs])
     with stopping_on_signals():
         serving = engine_for(engine_section(runtime=engine, variant=variant))
     try:
@@ -348,7 +359,7 @@ def demo(
 
     positive("--duration", duration)
     config = demo_config(output, scene)
-    result = run_rig(config, duration, None)
+    result = run_rig(config, duration, None, keep_earlier=False)
     console.print(f"fused video: {config.output.video if result['fused'] else 'none, it was too short'}")
     console.print(f"report: {config.output.report}")
 
@@ -369,12 +380,12 @@ def subscribe(
 ) -> None:
     """Print one line per message, and how old it was."""
     from pipeline.client import subscribe as subscribe_to
-    from pipeline.telemetry import check_report_target, write_report
+    from pipeline.telemetry import check_targets, write_report
 
     positive("--count", count)
     positive("--duration", duration)
     positive("--timeout", timeout, most=LONGEST_S)
-    check_report_target(as_json)
+    check_targets(as_json, inputs=(server_key, secret_key))
     summary = subscribe_to(
         endpoint,
         count,
@@ -419,9 +430,9 @@ def view(
 def doctor(as_json: AsJson = None) -> None:
     """Check this machine: versions, engines, weights, codecs. Exit status 1 if something needed is missing."""
     from pipeline.doctor import examine
-    from pipeline.telemetry import check_report_target, write_report
+    from pipeline.telemetry import check_targets, write_report
 
-    check_report_target(as_json)
+    check_targets(as_json)
     findings = examine()
     if as_json:
         write_report({"findings": [finding._asdict() for finding in findings]}, as_json)
@@ -434,7 +445,7 @@ def doctor(as_json: AsJson = None) -> None:
 
 @config_app.command("check")
 def config_check(config: Annotated[Path, typer.Argument(help="The rig's YAML file.")]) -> None:
-    """Check a configuration without starting anything."""
+    """Check a configuration, and the recordings that it names, without starting anything."""
     from pipeline.config import load_config
     from pipeline.publish import refuse_open_endpoint
     from pipeline.recording import inputs_of
@@ -448,14 +459,17 @@ def config_check(config: Annotated[Path, typer.Argument(help="The rig's YAML fil
     check_calibration(checked)
     check_keys(checked.publish)
     check_weights(checked.engine)
-    check_outputs(checked)
+    check_outputs(checked, config, checked.output.report)
+    doubts = check_what_is_recorded(checked)
     console.print(
         f"{config}: rig '{checked.rig}' is valid ({checked.infrared.kind} and {checked.visible.kind} sources)"
     )
     keys = (checked.publish.curve_secret_key_file, checked.publish.authorized_keys_dir)
-    for path in (*inputs_of(checked), checked.engine.weights, *keys):
+    for path in dict.fromkeys((*inputs_of(checked), checked.engine.weights, *keys)):
         if path and not Path(path).exists():
-            console.print(f"[yellow]note:[/] {path} is not there yet", highlight=False)
+            console.print(f"[yellow]note:[/] {path} is not there yet", highlight=False, soft_wrap=True)
+    for line in doubts:
+        console.print(f"[yellow]note:[/] {line}", highlight=False, soft_wrap=True)
 
 
 def check_calibration(config: Any) -> None:
@@ -503,25 +517,25 @@ def check_weights(config: Any) -> None:
         load(config.variant, config.weights)
 
 
-def check_outputs(config: Any) -> None:
-    """Refuses a video and a report that could not be written from here."""
+def check_what_is_recorded(config: Any) -> list[str]:
+    """Refuses recordings that `run` would refuse, once all of them are there. Returns what is strange about them."""
+    from pipeline.recording import check_recordings, path_of
+
+    needed = (path_of(config.infrared), path_of(config.visible), config.registration.calibration)
+    return check_recordings(config) if all(Path(path).exists() for path in needed if path) else []
+
+
+def check_outputs(config: Any, file: Path | None, *reports: str | None) -> None:
+    """Refuses a video and reports that could not be written from here, or not without destroying what a run reads."""
     from pipeline.record import VideoFile
     from pipeline.recording import inputs_of, refuse_overwriting
-    from pipeline.telemetry import check_report_target
+    from pipeline.telemetry import check_targets
 
+    inputs: list[str | Path] = [*inputs_of(config), *([file] if file else [])]
+    check_targets(*reports, inputs=inputs, others=(config.output.video,))
+    refuse_overwriting(config.output.video, *inputs)
     if config.output.video:
-        refuse_overwriting(config.output.video, *inputs_of(config))
         VideoFile(config.output.video)  # opens no file before the first frame
-    check_report_target(config.output.report)
-    refuse_overwriting(config.output.report, *inputs_of(config))
-
-
-def refuse_one_file(video: str | None, report: str | None) -> None:
-    """Raises ConfigError for a report that would replace the video."""
-    from pipeline.config import are_one_file
-
-    if are_one_file(video, report):
-        raise ConfigError(f"{report} is both the video and the report: give each its own file")
 
 
 @config_app.command("schema")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import count
 from pathlib import Path
 from threading import Thread
 
@@ -16,9 +19,28 @@ from calibration.whole_file import part_of
 from pipeline.errors import ConfigError
 from pipeline.handover import HandoverClosed, Latest
 
+log = logging.getLogger("dspfusion.record")
+
 TIME_BASE = Fraction(1, 90_000)
 FINISH_S = 5.0
 FORMATS = {".mp4": "mp4", ".mkv": "matroska"}
+
+
+def keep_aside(path: Path) -> None:
+    """Renames a file to STEM.previous.SUFFIX, or previous2 and so on where that is taken, and logs it.
+
+    Nothing is done where there is no file, or an empty one. A link goes on pointing to the place that it names.
+    """
+    earlier = Path(os.path.realpath(path))
+    if not earlier.is_file() or earlier.stat().st_size == 0:
+        return
+    for number in count(1):
+        word = "previous" if number == 1 else f"previous{number}"
+        aside = earlier.with_name(f"{earlier.stem}.{word}{earlier.suffix}")
+        if not os.path.lexists(aside):
+            break
+    earlier.rename(aside)
+    log.warning("%s was there already: it is kept as %s", path, aside.name)
 
 
 class VideoFile:
@@ -27,9 +49,23 @@ class VideoFile:
     Equal frames give equal bytes. Halved chroma needs even sizes, so an odd picture gets its last row or column twice.
     The file appears under its name when `close` is called; until then, and after
     `discard`, there is only a ".part" file or nothing.
+
+    Args:
+        path: its place and name.
+        rate_hz: of the frames, about.
+        preset: of x264.
+        threads: of the encoder.
+        keep_earlier: a file that has the name by then is not replaced, but kept under another one.
     """
 
-    def __init__(self, path: str | Path, rate_hz: float = 25.0, preset: str = "veryfast", threads: int = 1) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        rate_hz: float = 25.0,
+        preset: str = "veryfast",
+        threads: int = 1,
+        keep_earlier: bool = False,
+    ) -> None:
         self.path = Path(path)
         if self.path.suffix.lower() not in FORMATS:
             raise ConfigError(f"{self.path.name}: a video ends in .mp4 or .mkv: choose one of them")
@@ -38,6 +74,7 @@ class VideoFile:
         self._part = part_of(self.path)
         self._refuse_unwritable()
         self._rate_hz, self._preset, self._threads = rate_hz, preset, threads
+        self._keep_earlier = keep_earlier
         self._container: av.container.OutputContainer | None = None
         self._stream: av.VideoStream | None = None
         self._size: tuple[int, int] | None = None
@@ -87,6 +124,8 @@ class VideoFile:
             self._container.mux(self._stream.encode(None))
             self._container.close()
             self._container = None
+            if self._keep_earlier:
+                keep_aside(self.path)
             self._part.replace(self.path)
         except (av.FFmpegError, OSError) as error:
             self.discard()
@@ -139,10 +178,13 @@ class BackgroundVideo:
 
     When the writer falls behind, the oldest waiting frame is dropped and counted. When it fails (a full disk), it
     stops, keeps what was written, and says so at once to `on_failure` and in `failure`; fusion goes on.
+
+    A rig that starts again under the same configuration, as a service does, cannot record the last drive once more: a
+    file that is there is kept under another name.
     """
 
     def __init__(self, path: str | Path, rate_hz: float, on_failure: Callable[[str], None] = lambda line: None) -> None:
-        self._file = VideoFile(path, rate_hz, preset="ultrafast")
+        self._file = VideoFile(path, rate_hz, preset="ultrafast", keep_earlier=True)
         self._on_failure = on_failure
         self._slot: Latest[tuple[np.ndarray, int]] = Latest(slots=8)
         self.failure: str | None = None

@@ -8,6 +8,7 @@ import math
 import os
 import threading
 from collections import Counter, defaultdict, deque
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -164,15 +165,41 @@ class Telemetry:
             }
 
 
-def check_report_target(path: str | None) -> None:
-    """Refuses a place that no report can be written to, before the work that it would tell about.
+def check_targets(
+    *targets: str | Path | None, inputs: Iterable[str | Path | None] = (), others: Iterable[str | Path | None] = ()
+) -> None:
+    """Refuses places that no result can be written to, or where it would destroy a file, before the work is begun.
+
+    Args:
+        targets: where results are to go; None is not asked for, "-" is the terminal.
+        inputs: files and folders that the command reads.
+        others: files that it writes besides.
 
     Raises:
-        ConfigError: a folder, or below something that is no folder or may not be written to.
+        ConfigError: a folder, or below something that is no folder or may not be written to; an input, or beside the
+            files of one; one file for two results.
     """
-    if path is None or path == "-":
+    files = [str(target) for target in targets if target is not None and str(target) != "-"]
+    if not files:
         return
-    target = Path(path)
+    from pipeline.config import are_one_file
+    from pipeline.recording import refuse_overwriting
+
+    read, taken = [path for path in inputs if path is not None], [str(path) for path in others if path is not None]
+    for file in files:
+        _refuse_unwritable(Path(file))
+        refuse_overwriting(file, *read)
+        if any(are_one_file(file, other) for other in taken) and not _is_pipe(Path(file)):
+            raise ConfigError(f"{file} is named for two results: give each its own file")
+        taken.append(file)
+
+
+def _is_pipe(path: Path) -> bool:
+    """Or a device, such as /dev/null: it takes one result after another."""
+    return path.exists() and not path.is_file()
+
+
+def _refuse_unwritable(target: Path) -> None:
     try:
         parent = next((folder for folder in target.absolute().parents if folder.exists()), Path("/"))
         problem = (
@@ -187,8 +214,14 @@ def check_report_target(path: str | None) -> None:
         raise ConfigError(f"cannot write the report {target}: {problem}: choose another place")
 
 
-def write_report(report: dict[str, Any], path: str) -> None:
-    """Writes a report as JSON, whole or not at all; "-" is standard output."""
+def write_report(report: dict[str, Any], path: str, keep_earlier: bool = False) -> None:
+    """Writes a report as JSON, whole or not at all; "-" is standard output.
+
+    Args:
+        report: the content.
+        path: where to.
+        keep_earlier: what is there is not replaced, but kept under another name.
+    """
     text = json.dumps(report, indent=2) + "\n"
     if path == "-":
         print(text, end="", flush=True)
@@ -198,5 +231,9 @@ def write_report(report: dict[str, Any], path: str) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(target) as part:
             part.write_text(text)
+            if keep_earlier:
+                from pipeline.record import keep_aside
+
+                keep_aside(target)
     except OSError as error:
         raise ConfigError(f"cannot write the report {target}: {error.strerror}: choose another place") from None

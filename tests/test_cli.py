@@ -306,7 +306,7 @@ def test_one_file_is_not_both_the_video_and_the_report(tmp_path: Path, monkeypat
     given = (["run", "rig.yaml", "--duration", "1"], ["replay", *inputs, "--output", "fused.mp4"])
     for arguments in given:
         status, _, err = call(monkeypatch, capsys, *arguments, "--report", str(tmp_path / "fused.mp4"))
-        assert_one_clear_line(status, err, "both the video and the report")
+        assert_one_clear_line(status, err, "is named for two results")
     assert not (tmp_path / "fused.mp4").exists()
 
 

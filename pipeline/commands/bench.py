@@ -49,10 +49,10 @@ def bench(
     from engines.bench import bench as time_network
     from pipeline.live import engine_for
     from pipeline.process import carry_frames
-    from pipeline.telemetry import check_report_target, write_report
+    from pipeline.telemetry import check_targets, write_report
     from pipeline.terminal import console
 
-    check_report_target(as_json)
+    check_targets(as_json)
     if what not in ("network", "pipeline", "both"):
         raise ConfigError(f"--what {what}: choose network, pipeline or both")
     carry_frames()

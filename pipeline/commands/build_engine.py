@@ -37,11 +37,12 @@ def build_engine(
 ) -> None:
     """Build the engines of a rig ahead of its first start, and compare them with PyTorch."""
     from engines.selection import create_engine
-    from pipeline.telemetry import check_report_target, write_report
+    from pipeline.recording import inputs_of
+    from pipeline.telemetry import check_targets, write_report
     from pipeline.terminal import console
 
-    check_report_target(as_json)
     rig, section = sections(config, runtime=engine, variant=variant, precision=precision, sizes=sizes)
+    check_targets(as_json, inputs=(config, *([] if rig is None else inputs_of(rig)), *(pair or ())))
     wanted = [size_of(text) for text in size or []] or sizes_of(rig, config)
     rows = []
     with console.status("building"):

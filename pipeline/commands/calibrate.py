@@ -14,7 +14,7 @@ from pipeline.commands.check import check
 from pipeline.commands.time import time
 
 if TYPE_CHECKING:
-    from calibration.rig import Lens
+    from calibration.rig import CalibrationError, Lens
     from calibration.targets import Board
     from calibration.views import Detections
 
@@ -45,37 +45,39 @@ def detect(
     every: Annotated[float, typer.Option(help="Of recordings: seconds from one picture to the next.")] = 0.5,
     as_json: AsJson = None,
 ) -> None:
-    """Find a board in the pictures of both cameras, and say why where there is none."""
-    from calibration.views import refuse_wrong_count, save_detections, summary
-    from pipeline.board_views import detect_boards, pair_up
-    from pipeline.telemetry import write_report
+    """Find a board in the pictures of both cameras, and say why where there is none.
 
-    _check_targets(output, as_json)
+    Where no view shows the board to both cameras, detections that are already there stay as they were.
+    """
+    from calibration.views import save_detections, summary
+    from pipeline.board_views import detect_boards, pair_up
+    from pipeline.telemetry import check_targets, write_report
+
+    check_targets(output, as_json, inputs=(infrared, visible))
     target = _board(board, size, spacing)
     if not 0.02 <= every <= 60:
         from pipeline.errors import ConfigError
 
         raise ConfigError(f"--every {every:g}: give 0.02 to 60 seconds")
     pairing = pair_up(infrared, visible, every)
-    from pipeline.terminal import progress
+    from pipeline.terminal import console, progress
 
     with progress("detect") as (start, advance):
         start(pairing.count)
         detections = detect_boards(pairing, target, on_view=lambda _: advance())
-    save_detections(detections, output)
     found = summary(detections)
+    refusal = _refusal_of(detections, found)
+    saved = refusal is None or not output.exists()
+    if saved:
+        save_detections(detections, output)
     if as_json != "-":
-        _tell_detected(detections, found, pairing.by)
+        _tell_detected(detections, found, pairing.by, saved)
+        if not saved:
+            console.print(f"{output} stays as it was: these views are not written over it", highlight=False)
     if as_json:
-        write_report(found | {"paired_by": pairing.by, "output": str(output)}, as_json)
-    refuse_wrong_count(detections)
-    if found["paired"] == 0:
-        from calibration.rig import CalibrationError
-
-        counts = f"{found['infrared']['found']} infrared and {found['visible']['found']} visible of {found['views']}"
-        raise CalibrationError(
-            f"no view shows the board to both cameras (found in {counts}): {_usual_reason(detections)}"
-        )
+        write_report(found | {"paired_by": pairing.by, "output": str(output), "saved": saved}, as_json)
+    if refusal is not None:
+        raise refusal
 
 
 @app.command()
@@ -103,10 +105,10 @@ def solve(
     from calibration.rig_file import save_rig
     from calibration.solve import solve as solve_rig
     from calibration.views import load_detections
-    from pipeline.telemetry import write_report
+    from pipeline.telemetry import check_targets, write_report
     from pipeline.terminal import console, progress
 
-    _check_targets(output, report, as_json)
+    check_targets(output, report, as_json, inputs=(detections,))
     lenses = _lenses(lens or [])
     seen = load_detections(detections)
     origin = _origin(detections)
@@ -144,10 +146,10 @@ def report(
     from calibration.rig_file import load_quality, load_rig
     from calibration.solve import PARALLAX_M, distance_name, parallax
     from calibration.views import load_detections
-    from pipeline.telemetry import write_report
+    from pipeline.telemetry import check_targets, write_report
     from pipeline.terminal import console
 
-    _check_targets(output, as_json)
+    check_targets(output, as_json, inputs=(calibration, detections))
     rig, seen = load_rig(calibration), load_detections(detections)
     quality = load_quality(calibration)
     judgement = judge(rig, seen, spacing)
@@ -186,10 +188,10 @@ def selfcal(
     from calibration.rig_file import save_rig
     from calibration.selfcal import align
     from pipeline.board_views import pair_up
-    from pipeline.telemetry import write_report
+    from pipeline.telemetry import check_targets, write_report
     from pipeline.terminal import console, progress
 
-    _check_targets(output, as_json)
+    check_targets(output, as_json, inputs=(infrared, visible))
     pairing = pair_up(infrared, visible, every)
     with progress("selfcal") as (start, advance):
         start(pairing.count)
@@ -222,14 +224,6 @@ app.command()(time)
 # --- the inside of detect, solve, report and selfcal ---
 
 SOLVE_STEPS = ("views", "lenses", "pose", "outliers", "held-out views", "bootstrap")
-
-
-def _check_targets(*targets: Path | str | None) -> None:
-    """Refuses places that cannot be written to, before the work whose results they are to hold."""
-    from pipeline.telemetry import check_report_target
-
-    for target in targets:
-        check_report_target(None if target is None else str(target))
 
 
 def _board(kind: str, size: str, spacing_m: float | None) -> Board:
@@ -327,7 +321,22 @@ def _numbers(values: Any) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in values.items())
 
 
-def _tell_detected(detections: Detections, found: dict[str, Any], paired_by: str) -> None:
+def _refusal_of(detections: Detections, found: dict[str, Any]) -> CalibrationError | None:
+    """Why nothing can be calibrated from these views."""
+    from calibration.rig import CalibrationError
+    from calibration.views import refuse_wrong_count
+
+    try:
+        refuse_wrong_count(detections)
+    except CalibrationError as refusal:
+        return refusal
+    if found["paired"]:
+        return None
+    counts = f"{found['infrared']['found']} infrared and {found['visible']['found']} visible of {found['views']}"
+    return CalibrationError(f"no view shows the board to both cameras (found in {counts}): {_usual_reason(detections)}")
+
+
+def _tell_detected(detections: Detections, found: dict[str, Any], paired_by: str, saved: bool) -> None:
     from calibration.targets import MIN_SPACING_PX, Refusal
     from pipeline.terminal import console
 
@@ -350,7 +359,7 @@ def _tell_detected(detections: Detections, found: dict[str, Any], paired_by: str
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         console.print(f"  {reason} ({shown})", highlight=False)
     if len(refused) > 20:
-        console.print(f"  and {len(refused) - 20} more reasons, all in the file")
+        console.print(f"  and {len(refused) - 20} more reasons" + (", all in the file" if saved else ""))
 
 
 def _usual_reason(detections: Detections) -> str:

@@ -59,9 +59,14 @@ def check(
     """
     from pipeline.commands.overlay import Overlays
     from pipeline.errors import ConfigError
-    from pipeline.telemetry import check_report_target, write_report
+    from pipeline.recording import IMAGE_SUFFIXES
+    from pipeline.telemetry import check_targets, write_report
 
-    check_report_target(as_json)
+    sheet = pictures and pictures / "sheet.png"
+    check_targets(as_json, inputs=(infrared, visible, calibration, displacement), others=(sheet,))
+    # A drawn picture has the name of the one that it shows: it would replace it in its own folder.
+    stills = [path for path in (infrared, visible) if path.is_dir() or path.suffix.lower() in IMAGE_SUFFIXES]
+    check_targets(sheet, inputs=[path if path.is_dir() else path.parent for path in stills])
     if displacement is not None and not each:
         raise ConfigError("--displacement is of single pairs: add --each")
     with nullcontext() if pictures is None else Overlays(pictures) as drawn:

@@ -79,7 +79,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score fused pictures against the CLEAN sources, also where degraded ones were fused."""
-    from pipeline.telemetry import check_report_target, write_report
+    from pipeline.telemetry import check_targets, write_report
 
     chosen = [
         name
@@ -111,8 +111,8 @@ def evaluate(
         threads=threads,
         sheets=sheets,
     )
-    for target in (as_json, markdown, sheets and sheets / "sheet.png"):
-        check_report_target(None if target is None else str(target))
+    read = (*vars(folders).values(), data and data / "eval", weights)
+    check_targets(as_json, markdown, sheets and sheets / "sheet.png", inputs=read)
     with users_mistakes():
         request.check()
         result, tables = judge(request)
@@ -581,10 +581,10 @@ def write_tables(tables: Iterable[Table], path: Path) -> None:
     Raises:
         ConfigError: if the file cannot be written.
     """
+    from calibration.whole_file import write_text
     from engines.evaluation.tables import as_markdown
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(as_markdown(tables))
+        write_text(path, as_markdown(tables))
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}: choose another place") from None

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from calibration.whole_file import written_whole
 from engines.evaluation.sheets import GAP_PX, side_by_side, stacked
 from pipeline.errors import ConfigError
 
@@ -77,7 +78,8 @@ class Overlays:
     def _write(self, name: str, picture: np.ndarray) -> None:
         content = cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1]
         try:
-            (self._folder / name).write_bytes(content.tobytes())
+            with written_whole(self._folder / name) as part:
+                part.write_bytes(content.tobytes())
         except OSError as error:
             raise ConfigError(f"cannot write {self._folder / name}: {error.strerror}: choose another place") from None
 

@@ -36,10 +36,10 @@ def time(
     from calibration.time_offset import NoSharedMotion
     from pipeline.clock_recordings import compare_recordings
     from pipeline.recording import probe, refuse_unlikely
-    from pipeline.telemetry import check_report_target, write_report
+    from pipeline.telemetry import check_targets, write_report
     from pipeline.terminal import console, progress
 
-    check_report_target(as_json)
+    check_targets(as_json, inputs=(infrared, visible, into))
     if into is not None:
         load_rig(into)  # a file that cannot be written into is better known before the measurement
     infos = probe(infrared), probe(visible)
