@@ -464,9 +464,8 @@ def config_check(config: Annotated[Path, typer.Argument(help="The rig's YAML fil
     console.print(
         f"{config}: rig '{checked.rig}' is valid ({checked.infrared.kind} and {checked.visible.kind} sources)"
     )
-    keys = (checked.publish.curve_secret_key_file, checked.publish.authorized_keys_dir)
-    for path in dict.fromkeys((*inputs_of(checked), checked.engine.weights, *keys)):
-        if path and not Path(path).exists():
+    for path in inputs_of(checked):
+        if not Path(path).exists():
             console.print(f"[yellow]note:[/] {path} is not there yet", highlight=False, soft_wrap=True)
     for line in doubts:
         console.print(f"[yellow]note:[/] {line}", highlight=False, soft_wrap=True)
