@@ -18,9 +18,9 @@ WINDOW_PX = 5  # a moving thing of 2 x 2 pixels and 15 grey levels still shows i
 SAMPLING = 4  # every so many rows and columns are enough to know the noise
 FLAT_SHARE = 0.3  # of the samples, those with the least slope
 # Grey levels and multiples of the noise that count as still, for the signed mean and for the mean of the size. They
-# were chosen on real clips: with larger ones, fine texture of a scene that moves was averaged away.
-STILL_SIGNED = (1.0, 1.5)
-STILL_SIZE = (0.5, 1.5)
+# were chosen on real clips: with larger ones, fine texture of a scene that moves lagged behind, and flickered by that.
+STILL_SIGNED = (1.0, 1.0)
+STILL_SIZE = (0.5, 1.0)
 NOISE_MOST_LEVELS = (3.0, 6.0)  # more than this, of either mean in flat parts, is no noise: another scene began
 
 
