@@ -140,8 +140,10 @@ def _moments_of(chosen: list[tuple[str, dict[str, Path]]]) -> Iterator[Moment]:
 
 def refuse_swapped_pictures(infrared: list[Path], visible: list[Path]) -> None:
     """By colour, and by bits: no visible camera delivers sixteen beside an infrared one of eight."""
-    from pipeline.recording import colour_of, refuse_swapped
+    from pipeline.recording import colour_of, refuse_one_for_both, refuse_swapped
 
+    shown = [files[0] if len(files) == 1 else files[0].parent for files in (infrared, visible)]
+    refuse_one_for_both(*shown)
     thermal, colour = (_some_read(files) for files in (infrared, visible))
     if not thermal or not colour:
         return  # reading them says why
@@ -156,7 +158,6 @@ def refuse_swapped_pictures(infrared: list[Path], visible: list[Path]) -> None:
     colours = [
         colour_of(*(picture[..., :3] if picture.ndim == 3 else picture for picture in one)) for one in (thermal, colour)
     ]
-    shown = [files[0] if len(files) == 1 else files[0].parent for files in (infrared, visible)]
     refuse_swapped(shown[0], colours[0], shown[1], colours[1])
 
 

@@ -332,16 +332,17 @@ def fuse(
 
     pairs = list_pairs(infrared, visible, output)
     check_targets(as_json, inputs=(infrared, visible, calibration), others=[fused for _, _, fused in pairs])
+    said: list[str] = []
     with stopping_on_signals():
         serving = engine_for(engine_section(runtime=engine, variant=variant))
     try:
         with progress("fuse") as (start, advance):
             start(len(pairs))
-            rows = fuse_stills(serving, pairs, calibration, on_done=lambda _: advance())
+            rows = fuse_stills(serving, pairs, calibration, on_done=lambda _: advance(), on_doubt=said.append)
         console.print(f"fused {len(rows)} pair{'s' if len(rows) != 1 else ''} into {output}")
         if as_json:
-            report = {"rows": rows, "engine": describe_engine(serving), "fallbacks": fallbacks_of(serving)}
-            write_report(report, as_json)
+            said += fallbacks_of(serving)
+            write_report({"rows": rows, "engine": describe_engine(serving), "fallbacks": said}, as_json)
     finally:
         serving.close()
 

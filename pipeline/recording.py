@@ -197,10 +197,15 @@ def look_swapped(infrared: Colour, visible: Colour) -> bool:
     return infrared.is_scene and visible.is_palette
 
 
-def refuse_swapped(infrared: Path, infrared_colour: Colour, visible: Path, visible_colour: Colour) -> None:
-    """Raises SourceError for two recordings or pictures that are one and the same, or `look_swapped`."""
+def refuse_one_for_both(infrared: Path, visible: Path) -> None:
+    """Raises SourceError for two recordings or pictures that are one and the same."""
     if _is_same(infrared, visible):
         raise SourceError(f"infrared and visible are the same, {visible}: give each camera its own")
+
+
+def refuse_swapped(infrared: Path, infrared_colour: Colour, visible: Path, visible_colour: Colour) -> None:
+    """Raises SourceError for two recordings or pictures that are one and the same, or `look_swapped`."""
+    refuse_one_for_both(infrared, visible)
     if look_swapped(infrared_colour, visible_colour):
         other = "in false colours" if visible_colour.is_palette else "grey"
         raise SourceError(
@@ -209,7 +214,7 @@ def refuse_swapped(infrared: Path, infrared_colour: Colour, visible: Path, visib
         )
 
 
-def doubts(infrared: RecordingInfo, visible: RecordingInfo, *, calibrated: bool = True) -> list[str]:
+def doubts(infrared: RecordingInfo, visible: RecordingInfo, *, calibrated: bool) -> list[str]:
     """What is strange about two recordings, and may be right: one line each, for the report.
 
     Args:

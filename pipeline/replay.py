@@ -92,7 +92,7 @@ def replay(
     refuse_unlikely(*infos)
     rate_hz = infos[1].rate_hz or infos[0].rate_hz or DEFAULT_RATE_HZ
     telemetry, account = Telemetry(), Account()
-    for line in doubts(*infos):
+    for line in doubts(*infos, calibrated=config.calibration is not None):
         telemetry.fallback(line)
     with ExitStack() as stack:
         video = VideoFile(config.output, rate_hz) if config.output else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import cv2
@@ -69,18 +70,30 @@ def test_one_recording_is_not_what_both_cameras_saw(folder: Path, name: str):
         ("calibrate check", ("vis.mkv", "irs", "irs/a.png")),
         ("calibrate time", ("vis.mkv", "irs")),
         ("calibrate selfcal", ("vis.mkv", "irs", "irs/a.png")),
-        ("calibrate detect", ("vis.mkv", "irs", "irs/a.png")),
+        ("calibrate detect", ("vis.mkv", "irs", "irs/a.png", "counts.png")),
     ],
 )
 def test_no_command_takes_one_recording_for_both_cameras(folder: Path, monkeypatch, capsys, command: str, inputs):
     monkeypatch.setattr("pipeline.live.engine_for", lambda _: MaximumEngine())
     monkeypatch.chdir(folder)
     (folder / "out").mkdir()
+    cv2.imwrite("counts.png", np.full((96, 96), 3000, np.uint16))
     more = {"fuse": ["out"], "calibrate detect": ["--size", "9x6"]}.get(command, [])
     for given in inputs:
         status, _, err = call(monkeypatch, capsys, *command.split(), given, given, *more)
         assert status == 2
         assert f"infrared and visible are the same, {given}: give each camera its own" in err
+
+
+def test_what_is_strange_about_stills_is_in_the_result_of_fuse(folder: Path, monkeypatch, capsys):
+    monkeypatch.setattr("pipeline.live.engine_for", lambda _: MaximumEngine())
+    monkeypatch.chdir(folder)
+    cv2.imwrite("turned.png", np.zeros((96, 64), np.uint8))
+    cv2.imwrite("street.png", np.zeros((64, 96, 3), np.uint8))
+    status, out, _ = call(monkeypatch, capsys, "fuse", "turned.png", "street.png", "fused.png", "--json", "-")
+    assert status == 0
+    (line,) = json.loads(out)["fallbacks"]
+    assert "turned.png of 64x96 is stretched to the shape of the visible one, 96x64" in line
 
 
 def test_a_rig_without_a_calibration_is_told_of_a_picture_of_another_shape(folder: Path):
