@@ -327,10 +327,13 @@ def fuse(
     """Fuse still pairs."""
     from engines.base import fallbacks_of
     from pipeline.live import describe_engine, engine_for
+    from pipeline.recording import refuse_overwriting
     from pipeline.still import fuse_stills, list_pairs
     from pipeline.telemetry import check_targets, write_report
 
     pairs = list_pairs(infrared, visible, output)
+    if infrared.is_dir():
+        refuse_overwriting(output, infrared, visible)
     check_targets(as_json, inputs=(infrared, visible, calibration), others=[fused for _, _, fused in pairs])
     said: list[str] = []
     with stopping_on_signals():

@@ -22,6 +22,7 @@ from pipeline.recording import (
     colour_of,
     doubts,
     outline_of,
+    refuse_overwriting,
     refuse_small,
     refuse_swapped,
     refuse_unless_there,
@@ -104,8 +105,7 @@ def fuse_stills(
     for infrared, visible, output in pairs:
         if output.suffix.lower() not in SUFFIXES:
             raise ConfigError(f"{output.name}: a picture ends in .png, .jpg, .tif, .bmp or .webp: choose one of them")
-        if output.resolve() in (infrared.resolve(), visible.resolve()):
-            raise ConfigError(f"{output} is an input: choose another place for the fused picture")
+        refuse_overwriting(output, infrared, visible)
     infos = [_outline([files[camera] for files in pairs]) for camera in (0, 1)]
     refuse_unlikely(*infos)
     for line in doubts(*infos, calibrated=calibration is not None):

@@ -71,6 +71,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
     [
         "fuse ir.png vis.png z.png --json vis.png",
         "fuse irs viss out --json viss/b.png",
+        "fuse irs viss viss",
         "replay ir.mkv vis.mkv --report vis.mkv",
         "run rig.yaml --report rig.yaml",
         "run rig.yaml --report ir.mkv",

@@ -814,6 +814,7 @@ def test_the_shipped_configurations_are_valid():
         "train_nano": "nano",
         "train_nano_distil": "nano",
         "train_nano_distil_small": "nano",
+        "train_nano_further": "nano",
         "train_small": "small",
         "train_small_distil": "small",
     }
