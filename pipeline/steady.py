@@ -4,7 +4,8 @@ A restored frame still holds what its own noise left behind, and that changes fr
 changes no more than noise does, a pixel moves only a share of the way to its new value; where it changes more, it takes
 the new value at once. Two means of a small window tell: the signed one, in which noise cancels and a thing that comes
 or goes does not, and that of the size, which shows fine texture that moves. How much noise there is, flat parts of the
-picture tell, because motion changes nothing there.
+picture tell, because motion changes little there; and change that neighbouring pixels share is motion, where there is
+much of it, since what noise restoring and coding leave of noise is alike, but weak.
 """
 
 from __future__ import annotations
@@ -18,10 +19,14 @@ WINDOW_PX = 5  # a moving thing of 2 x 2 pixels and 15 grey levels still shows i
 SAMPLING = 4  # every so many rows and columns are enough to know the noise
 FLAT_SHARE = 0.3  # of the samples, those with the least slope
 # Grey levels and multiples of the noise that count as still, for the signed mean and for the mean of the size. They
-# were chosen on real clips: with larger ones, fine texture of a scene that moves lagged behind, and flickered by that.
-STILL_SIGNED = (1.0, 1.0)
-STILL_SIZE = (0.5, 1.0)
+# were chosen on real clips: with larger ones, fine texture of a scene that moves was averaged away.
+STILL_SIGNED = (1.0, 1.5)
+STILL_SIZE = (0.5, 1.5)
 NOISE_MOST_LEVELS = (3.0, 6.0)  # more than this, of either mean in flat parts, is no noise: another scene began
+# The signed mean is 0.17 of the mean size where every pixel has noise of its own. Between these shares of it, more and
+# more of what exceeds so many levels of the size is taken for motion.
+ALIKE_SHARE = (0.25, 0.33)
+ALIKE_MOST_LEVELS = 1.3
 
 
 class Steady:
@@ -70,13 +75,23 @@ class Steady:
         signed_noise, size_noise = (_middle(_samples(mean)[flat]) for mean in (signed, size))
         if signed_noise > NOISE_MOST_LEVELS[0] or size_noise > NOISE_MOST_LEVELS[1]:
             return None
+        noise_share = _share_that_is_noise(signed_noise, size_noise)
         # From the least share where a mean reaches its limit, to all of the new value at twice the limit.
         least = self._config.share
-        signed *= (1 - least) / (STILL_SIGNED[0] + STILL_SIGNED[1] * signed_noise)
-        size *= (1 - least) / (STILL_SIZE[0] + STILL_SIZE[1] * size_noise)
+        signed *= (1 - least) / (STILL_SIGNED[0] + STILL_SIGNED[1] * noise_share * signed_noise)
+        size *= (1 - least) / (STILL_SIZE[0] + STILL_SIZE[1] * noise_share * size_noise)
         share = np.maximum(signed, size, out=signed)
         share += 2 * least - 1
         return np.clip(share, least, 1, out=share)
+
+
+def _share_that_is_noise(signed: float, size: float) -> float:
+    """How much of the change in flat parts is noise, by how alike it is in neighbouring pixels; in (0, 1]."""
+    if size <= ALIKE_MOST_LEVELS:
+        return 1.0
+    begins, ends = ALIKE_SHARE
+    alike = min(1.0, max(0.0, (signed / size - begins) / (ends - begins)))
+    return 1 - alike * (1 - ALIKE_MOST_LEVELS / size)
 
 
 def _middle(values: np.ndarray) -> float:
