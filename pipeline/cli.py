@@ -187,9 +187,7 @@ def run_rig(
             reports.pop()
         check_outputs(config, file, *reports)
         doubts = check_recordings(config)
-        pipeline = LivePipeline(config)
-        if config.output.video and not keep_earlier:
-            Path(config.output.video).unlink(missing_ok=True)  # a live pipeline would keep it
+        pipeline = LivePipeline(config, keep_earlier=keep_earlier)
         for line in doubts:
             pipeline.telemetry.fallback(line)
         with viewer_of(config, pipeline) as address:

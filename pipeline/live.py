@@ -149,6 +149,7 @@ class LivePipeline:
         config: the rig.
         engine: serves instead of the one that the configuration asks for.
         on_fused: called with every fused frame in the flow thread.
+        keep_earlier: the video of an earlier run is kept under another name, not replaced.
 
     Raises:
         DspfusionError, EngineError, CalibrationError: the configuration cannot be run; nothing is left open.
@@ -159,6 +160,7 @@ class LivePipeline:
         config: RigConfig,
         engine: FusionEngine | None = None,
         on_fused: Callable[[FusedFrame], None] | None = None,
+        keep_earlier: bool = True,
     ) -> None:
         refuse_overwriting(config.output.video, *inputs_of(config))
         self.config = config
@@ -211,7 +213,7 @@ class LivePipeline:
             self._video: BackgroundVideo | None = None
             if config.output.video:
                 rate_hz = getattr(config.visible, "rate_hz", None) or 25.0
-                self._video = BackgroundVideo(config.output.video, rate_hz, self.telemetry.fallback)
+                self._video = BackgroundVideo(config.output.video, rate_hz, self.telemetry.fallback, keep_earlier)
                 undo.callback(self._video.close)
             self._engine = engine or engine_for(for_frames(config.engine))
             self._engine_sha = engine_sha256(self._engine)

@@ -180,11 +180,17 @@ class BackgroundVideo:
     stops, keeps what was written, and says so at once to `on_failure` and in `failure`; fusion goes on.
 
     A rig that starts again under the same configuration, as a service does, cannot record the last drive once more: a
-    file that is there is kept under another name.
+    file that is there is kept under another name, unless `keep_earlier` is false.
     """
 
-    def __init__(self, path: str | Path, rate_hz: float, on_failure: Callable[[str], None] = lambda line: None) -> None:
-        self._file = VideoFile(path, rate_hz, preset="ultrafast", keep_earlier=True)
+    def __init__(
+        self,
+        path: str | Path,
+        rate_hz: float,
+        on_failure: Callable[[str], None] = lambda line: None,
+        keep_earlier: bool = True,
+    ) -> None:
+        self._file = VideoFile(path, rate_hz, preset="ultrafast", keep_earlier=keep_earlier)
         self._on_failure = on_failure
         self._slot: Latest[tuple[np.ndarray, int]] = Latest(slots=8)
         self.failure: str | None = None

@@ -204,8 +204,7 @@ def refuse_one_for_both(infrared: Path, visible: Path) -> None:
 
 
 def refuse_swapped(infrared: Path, infrared_colour: Colour, visible: Path, visible_colour: Colour) -> None:
-    """Raises SourceError for two recordings or pictures that are one and the same, or `look_swapped`."""
-    refuse_one_for_both(infrared, visible)
+    """Raises SourceError for two recordings or pictures that `look_swapped`."""
     if look_swapped(infrared_colour, visible_colour):
         other = "in false colours" if visible_colour.is_palette else "grey"
         raise SourceError(
@@ -245,6 +244,7 @@ def refuse_unlikely(infrared: RecordingInfo, visible: RecordingInfo) -> None:
     """
     for info in (infrared, visible):
         _refuse_empty(info)
+    refuse_one_for_both(infrared.path, visible.path)
     refuse_swapped(infrared.path, infrared.colour, visible.path, visible.colour)
     _refuse_unmatched(infrared, visible)
     rates = (infrared.rate_hz, visible.rate_hz)

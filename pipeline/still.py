@@ -22,6 +22,7 @@ from pipeline.recording import (
     colour_of,
     doubts,
     outline_of,
+    refuse_one_for_both,
     refuse_overwriting,
     refuse_small,
     refuse_swapped,
@@ -76,6 +77,7 @@ def read_pair(infrared: Path, visible: Path) -> FramePair:
     thermal, colour = read_image(infrared, "infrared"), read_image(visible, "visible")
     for path, picture in ((infrared, thermal), (visible, colour)):
         refuse_small(path, (picture.shape[1], picture.shape[0]))
+    refuse_one_for_both(infrared, visible)
     refuse_swapped(infrared, colour_of(read_image(infrared, "visible")), visible, colour_of(colour))
     bits = 8 if thermal.dtype == np.uint8 else 16
     return FramePair(

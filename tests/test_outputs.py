@@ -65,6 +65,15 @@ def contents(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
 
 
+def refusal_of(command: str, folder: Path, monkeypatch, capsys) -> str:
+    """What a command says that is refused, and that leaves everything as it was."""
+    before = contents(folder)
+    status, _, err = call(monkeypatch, capsys, *command.split())
+    assert status == 2
+    assert contents(folder) == before
+    return err
+
+
 @pytest.mark.usefixtures("no_work")
 @pytest.mark.parametrize(
     "command",
@@ -102,12 +111,9 @@ def contents(folder: Path) -> dict[Path, bytes]:
     ],
 )
 def test_no_result_replaces_an_input(folder: Path, command: str, monkeypatch, capsys):
-    before = contents(folder)
-    status, _, err = call(monkeypatch, capsys, *command.split())
-    assert status == 2
+    err = refusal_of(command, folder, monkeypatch, capsys)
     assert "would replace or mix with the input" in err
     assert len(err.splitlines()) == 1
-    assert contents(folder) == before
 
 
 @pytest.mark.usefixtures("no_work")
@@ -128,11 +134,7 @@ def test_no_result_replaces_an_input(folder: Path, command: str, monkeypatch, ca
     ],
 )
 def test_no_result_replaces_another_one(folder: Path, command: str, monkeypatch, capsys):
-    before = contents(folder)
-    status, _, err = call(monkeypatch, capsys, *command.split())
-    assert status == 2
-    assert "is named for two results: give each its own file" in err
-    assert contents(folder) == before
+    assert "is named for two results: give each its own file" in refusal_of(command, folder, monkeypatch, capsys)
 
 
 @pytest.mark.usefixtures("no_work")

@@ -133,17 +133,22 @@ def read_config(path: Path) -> TrainConfig:
     return checked(values, str(path))
 
 
+def inputs_of(config: TrainConfig) -> dict[str, str]:
+    """The files and folders that a training reads, by the keys that name them."""
+    named = {key: getattr(config, key) for key in FOLDERS if key != "output"}
+    if config.teacher is not None:
+        named["teacher.weights"] = config.teacher.weights
+    return {key: value for key, value in named.items() if value is not None}
+
+
 def require_files(config: TrainConfig) -> None:
     """Looks for every file and folder at once: reading the pairs takes a while, and a typing error should not.
 
     Raises:
         EngineError: one is not there.
     """
-    named = {key: getattr(config, key) for key in FOLDERS if key != "output"}
-    if config.teacher is not None:
-        named["teacher.weights"] = config.teacher.weights
-    for key, value in named.items():
-        if value is not None and not Path(value).exists():
+    for key, value in inputs_of(config).items():
+        if not Path(value).exists():
             raise EngineError(f"there is no {value}: `{key}` of the training configuration names it")
 
 

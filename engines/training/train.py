@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import signal
 import sys
 import threading
@@ -25,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from engines.arrays import weights_sha256
 from engines.base import EngineError
 from engines.dspfusion.diffusion import STEPS
 from engines.dspfusion.loading import build
@@ -119,7 +119,7 @@ class Training:
         ended = True
         if self.config.start is not None:
             anew = take_fitting(self.network, Path(self.config.start))
-            self.started_from = hashlib.sha256(Path(self.config.start).read_bytes()).hexdigest()
+            self.started_from = weights_sha256(self.config.variant, Path(self.config.start))
             self.journal.say(_told(anew, len(self.average), Path(self.config.start)))
         else:
             ended = warm_up(
@@ -506,13 +506,18 @@ def _outcome(training: Training, checkpoint: Path | None, finished: bool) -> Out
     )
 
 
+def results_of(output: Path, variant: str) -> list[Path]:
+    """The files by which a training is known: its checkpoint, its weights and its journal."""
+    return [output / name for name in (f"{variant}.checkpoint", f"{variant}.safetensors", LOG)]
+
+
 def keep_aside(output: Path, variant: str) -> list[str]:
     """Renames what an earlier training left, so that a new one does not overwrite it.
 
     Returns:
         The new names, all with one number; none where there was nothing to keep.
     """
-    telling = [output / name for name in (f"{variant}.checkpoint", f"{variant}.safetensors", LOG)]
+    telling = results_of(output, variant)
     if not any(path.exists() for path in telling):
         return []
     left = [path for path in (*telling, output / PICTURES, output / BOARD) if path.exists()]

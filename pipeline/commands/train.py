@@ -26,17 +26,14 @@ def train(
     *.previous*. Several GPUs, or processes on one machine:
     torchrun --nproc-per-node 2 -m engines.training.train CONFIG [--minutes M] [--resume]
     """
-    from engines.training.config import FOLDERS, read_config
-    from engines.training.journal import LOG
+    from engines.training.config import inputs_of, read_config
+    from engines.training.train import results_of, with_minutes
     from engines.training.train import train as train_network
-    from engines.training.train import with_minutes
     from pipeline.telemetry import check_targets, write_report
 
     asked = with_minutes(read_config(config), minutes)
-    read = [config, *(getattr(asked, key) for key in FOLDERS if key != "output")]
-    read += [asked.teacher.weights] if asked.teacher else []
-    left = [Path(asked.output) / name for name in (f"{asked.variant}.checkpoint", f"{asked.variant}.safetensors", LOG)]
-    check_targets(as_json, inputs=read, others=left)
+    left = results_of(Path(asked.output), asked.variant)
+    check_targets(as_json, inputs=(config, *inputs_of(asked).values()), others=left)
     outcome = train_network(asked, resume=resume)
     if outcome is None:  # the first process tells
         return
